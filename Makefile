@@ -1,0 +1,41 @@
+# make        set up .venv and run the miniature (30 minutes on 2 idle cores; later runs only what changed)
+# make test   set up .venv and run the tests
+PYTHON ?= python3
+CORES ?= 2
+VENV := .venv
+EXPORT := --quiet --frozen --no-hashes --no-emit-project --all-groups --no-annotate --no-header
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export OMP_NUM_THREADS := 1
+
+.PHONY: all test lint lock clean-env
+all: $(VENV)/ready
+	snakemake --cores $(CORES) --rerun-incomplete
+	@python -m pso.runs
+
+test: $(VENV)/ready
+	python -m pytest
+
+lint: $(VENV)/ready
+	ruff check .
+	ruff format --check .
+	snakefmt --check workflow
+	snakemake --lint
+
+# torch first and by its public version: the same line takes the CPU or the CUDA build of the machine
+$(VENV)/ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 14); sys.exit(None if ok else "error: $(PYTHON) is %d.%d; Python 3.11 to 3.13 is needed: make PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements.lock)
+	python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+# exact public versions for every platform, without hashes and addresses
+# (needs uv; torch's own CUDA packages are left to pip, which takes those of the chosen build)
+lock:
+	uv lock --quiet
+	{ uv export $(EXPORT) | grep '^torch=='; uv export $(EXPORT) --prune torch; } > requirements.lock
+	rm uv.lock
+
+clean-env:
+	rm -rf $(VENV)

@@ -1,0 +1,239 @@
+"""The declared claims judged from paired scores: results/{scale}/claims.json, and the same as text. No torch.
+
+A claim compares two rows on the same prompts and the same noise; its eval sets are pooled, every
+prompt counts once. The estimate is left - right, or left / right for `at_least_share`, in the unit
+that the tables print.
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+
+from eval.scores import (
+    Scores,
+    check_same_scorer,
+    find_row,
+    metric_title,
+    pair,
+    read_scores,
+)
+from eval.stats import Estimate, Undefined, holm, paired_difference, paired_ratio, win_rate
+from eval.tables import digits, scale_sentence
+from pso import paths
+from pso.config import add_arguments, from_arguments
+from pso.entries import UNTUNED, ClaimEntry, Config
+from pso.provenance import atomic, digest, sentences, write_json
+from pso.runs import metric_missing
+
+ALPHA = 0.05
+HOLDS, FAILS, INCONCLUSIVE = "holds", "fails", "inconclusive"
+RULES = """\
+Each claim is one comparison of two rows on the same prompts and the same noise, averaged over the images of a prompt;
+its eval sets are pooled. The interval is a 95 % bootstrap over prompts, p is a two-sided sign-flip test of the claim's
+own bound, and Holm's p is adjusted for all declared claims (one that could not be measured counts with p = 1).
+Training seeds are averaged; the interval does not cover their spread.
+
+| relation | estimate | bound | holds | fails |
+|---|---|---|---|---|
+| above | left - right | 0 | interval above 0 and Holm's p < 0.05 | interval below 0 |
+| below | left - right | 0 | interval below 0 and Holm's p < 0.05 | interval above 0 |
+| not_below | left - right | -margin | interval not below -margin | whole interval below -margin |
+| at_least_share | left / right | share | interval not below share | whole interval below share |
+
+Otherwise a claim is inconclusive."""
+
+
+def judge(claim: ClaimEntry, estimate: Estimate, p_holm: float, bound: float) -> str:
+    """The rule of RULES."""
+    low, high = estimate.low, estimate.high
+    if claim.relation == "below":
+        low, high, bound = -high, -low, -bound
+    is_difference = claim.relation in ("above", "below")
+    holds = (low > bound and p_holm < ALPHA) if is_difference else low >= bound
+    return HOLDS if holds else FAILS if high < bound else INCONCLUSIVE
+
+
+def why_missing(config: Config, claim: ClaimEntry) -> str | None:
+    """Why a claim cannot be measured, if its rows or its column are declared missing."""
+    table = config.table_entries[claim.table]
+    if claim.table not in config.tables:
+        return f"config.tables does not list {claim.table}"
+    for label in (claim.left, claim.right):
+        if reason := find_row(table, label).missing:
+            return f"row {label}: {reason}"
+    reason = metric_missing(config, table, claim.metric)
+    return f"column {claim.metric}: {reason}" if reason else None
+
+
+def read_sides(config: Config, results: Path, claim: ClaimEntry) -> list[tuple[str, Scores, Scores]]:
+    """Per eval set the scores of both rows."""
+    table = config.table_entries[claim.table]
+    rows = [find_row(table, label) for label in (claim.left, claim.right)]
+    sides = []
+    for eval_set in claim.eval_sets:
+        left, right = (read_scores(config, results, row, eval_set, claim.metric, table.task) for row in rows)
+        sides.append((eval_set, left, right))
+    check_same_scorer([side for _, left, right in sides for side in (left, right)])
+    return sides
+
+
+def pooled_pairs(sides: list[tuple[str, Scores, Scores]], run_seed: int | None = None) -> pd.DataFrame:
+    """Pairs of all eval sets; equal prompt ids of two eval sets stay two prompts."""
+    parts = []
+    for eval_set, left, right in sides:
+        pairs = pair(left, right, run_seed)
+        parts.append(pairs.assign(prompt_id=eval_set + "/" + pairs["prompt_id"].astype(str)))
+    return pd.concat(parts, ignore_index=True)
+
+
+def bound_of(config: Config, claim: ClaimEntry) -> float:
+    """The value that the estimate is held against."""
+    if claim.relation == "at_least_share":
+        return claim.share
+    return -claim.margin * config.metrics[claim.metric].scale if claim.relation == "not_below" else 0.0
+
+
+def estimator(config: Config, claim: ClaimEntry) -> Callable[..., Estimate]:
+    compare = paired_ratio if claim.relation == "at_least_share" else paired_difference
+    scale = config.scale_entry
+    return partial(compare, resamples=scale.bootstrap_resamples, seed=scale.eval_seed, bound=bound_of(config, claim))
+
+
+def measure(config: Config, results: Path, claim: ClaimEntry) -> tuple[Estimate, dict]:
+    """The claim's estimate, and what else is told about it."""
+    sides = read_sides(config, results, claim)
+    _, left, right = sides[0]
+    scale, estimate = config.scale_entry, estimator(config, claim)
+    pairs = pooled_pairs(sides)
+    both = pairs["left"], pairs["right"], pairs["prompt_id"]
+    wins = win_rate(*both, scale.bootstrap_resamples, scale.eval_seed)
+    by_seed = {}
+    if len(left.run_seeds) > 1:
+        for seed in left.run_seeds:
+            one = pooled_pairs(sides, seed)
+            by_seed[str(seed)] = estimate(one["left"], one["right"], one["prompt_id"]).value
+    told = {
+        "win_rate": wins.value,
+        "training_seeds": {"left": left.run_seeds, "right": right.run_seeds},
+        "estimate_by_training_seed": by_seed,
+        "scorer": {"digest": digest(left.spec), "spec": left.spec},
+        "dropped": {f"{s.label} on {name}": s.dropped for name, *rows in sides for s in rows if s.dropped},
+    }
+    return estimate(*both), told
+
+
+def judge_all(config: Config, results: Path) -> list[dict]:
+    """The content of claims.json, in the order of claims.yaml."""
+    found, estimates = [], []
+    for name, claim in config.claims.items():
+        entry = {"id": name, **_declared(config, claim), "reason": why_missing(config, claim)}
+        estimate = None
+        if entry["reason"] is None:
+            try:
+                estimate, told = measure(config, results, claim)
+                entry |= told
+            except Undefined as error:
+                entry["reason"] = str(error)
+        found.append(entry)
+        estimates.append(estimate)
+    adjusted = holm([1.0 if estimate is None else estimate.p_value for estimate in estimates])
+    for entry, estimate, p_holm in zip(found, estimates, adjusted, strict=True):
+        entry |= {"n": 0, "prompts": 0, "estimate": None, "interval": None, "p_value": None, "p_value_holm": None}
+        entry["verdict"] = INCONCLUSIVE
+        if estimate is not None:
+            entry |= {"n": estimate.n_images, "prompts": estimate.n_prompts}
+            entry |= {"estimate": estimate.value, "interval": [estimate.low, estimate.high]}
+            entry |= {"p_value": estimate.p_value, "p_value_holm": float(p_holm)}
+            entry["verdict"] = judge(config.claims[entry["id"]], estimate, float(p_holm), entry["bound"])
+    return found
+
+
+def _declared(config: Config, claim: ClaimEntry) -> dict:
+    """What was written down before anything was measured, and what the metric is to the left row."""
+    method = find_row(config.table_entries[claim.table], claim.left).method
+    trained_on = config.methods[method].reward if method not in (None, UNTUNED) else None
+    fields = ("group", "text", "source", "table", "left", "right", "metric", "eval_sets", "relation")
+    declared = {field: getattr(claim, field) for field in fields}
+    return declared | {"bound": bound_of(config, claim), "is_training_reward": trained_on == claim.metric}
+
+
+# ---- as text ----
+
+
+def to_markdown(config: Config, found: list[dict]) -> str:
+    counts = Counter(entry["verdict"] for entry in found)
+    total = ", ".join(f"{counts[verdict]} {verdict}" for verdict in (HOLDS, FAILS, INCONCLUSIVE))
+    parts = [f"# Claims of the paper, scale {config.scale}", scale_sentence(config)]
+    parts.append(f"**{len(found)} claims: {total}.**")
+    for group in dict.fromkeys(entry["group"] for entry in found):
+        lines = [_line(config, entry) for entry in found if entry["group"] == group]
+        parts += [f"## {group}", pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)]
+    parts += ["## How a claim is judged", RULES, "## The claims", "\n".join(_details(config, e) for e in found)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _number(config: Config, entry: dict, value: float) -> str:
+    """A ratio with at least 3 decimals, a difference with at least one more than the table prints."""
+    if entry["relation"] == "at_least_share":
+        return f"{value:.{digits(3, entry['interval'])}f}"
+    return f"{value:+z.{digits(config.metrics[entry['metric']].decimals + 1, entry['interval'])}f}"
+
+
+def _line(config: Config, entry: dict) -> dict:
+    line = {"claim": entry["text"], "verdict": f"**{entry['verdict']}**", "n": entry["n"] or ""}
+    if entry["estimate"] is None:
+        return line | dict.fromkeys(("estimate", "95 % interval", "bound", "p", "Holm's p", "left wins"), "")
+    ends = [_number(config, entry, end) for end in entry["interval"]]
+    return line | {
+        "estimate": _number(config, entry, entry["estimate"]),
+        "95 % interval": f"[{', '.join(ends)}]",
+        "bound": _number(config, entry, entry["bound"]),
+        "p": f"{entry['p_value']:.4f}",
+        "Holm's p": f"{entry['p_value_holm']:.4f}",
+        "left wins": f"{entry['win_rate']:.1%}",
+    }
+
+
+def _details(config: Config, entry: dict) -> str:
+    """One list item: what exactly was compared."""
+    title, sets = metric_title(config, entry["metric"]), " and ".join(entry["eval_sets"])
+    text = f"- `{entry['id']}` ({entry['source']}): {title} of {entry['left']} against {entry['right']} on {sets}"
+    if entry["reason"]:
+        return f"{text}; not measured: {entry['reason']}."
+    seeds = entry["training_seeds"]["left"]
+    text += f"; {entry['n']} pairs of images of {entry['prompts']} prompts; {len(seeds)} training seed(s)"
+    for seed, value in entry["estimate_by_training_seed"].items():
+        text += f", seed {seed}: {_number(config, entry, value)}"
+    text += f"; scorer {entry['scorer']['digest']}"
+    if entry["is_training_reward"]:
+        text += f". {title} was the training reward of {entry['left']}, so this is no independent evidence"
+    if entry["dropped"]:
+        text += f". Images without a score: {entry['dropped']}"
+    return f"{text}."
+
+
+def write(config: Config, results: Path) -> list[dict]:
+    found = judge_all(config, results)
+    folder = paths.scale_dir(config.scale, results)
+    with atomic(folder / "claims.md") as part:
+        part.write_text(to_markdown(config, found))
+    write_json(folder / "claims.json", found)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="write results/{scale}/claims.json and claims.md")
+    parser.add_argument("--results", type=Path, default=paths.RESULTS, help="folder of all results")
+    add_arguments(parser)
+    args = parser.parse_args()
+    with sentences("eval.claims"):
+        for entry in write(from_arguments(args), args.results):
+            print(f"{entry['verdict']:<12}  {entry['id']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""Images of every row of one model, in one process: the base is loaded once, the LoRAs are swapped.
+
+    python -m eval.generate --model sdxl_dmd2
+
+Images are ordered by prompt id and seed and cut into blocks of `eval_batch`; a shard is a run of
+blocks. A block's pixels depend on nothing outside it (keyed noise, its own text encoding, the last
+one padded), so images are byte-identical under any sharding, order and restart. Shards that are
+there and were made from the same inputs are kept. images.json, written last, lists them all.
+"""
+
+import argparse
+import io
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from pso.caches import load_prompt_set
+from pso.config import ConfigError, add_arguments, from_arguments
+from pso.data import Prompt
+from pso.entries import Config
+from pso.hub import Hub, hub_dir
+from pso.models import chain_for, load_policy
+from pso.paths import RESULTS, model_dir, scale_dir
+from pso.policy import Policy, to_images
+from pso.provenance import Meter, UserError, atomic, digest, fingerprint, record, sentences, sha256_of, write_json
+from pso.rollout import rollout
+from pso.runs import Job, jobs
+
+log = logging.getLogger("generate")
+METADATA_KEY = b"pso_bench"
+SHARD_BLOCKS = 8
+CODE = ("pso.mdp", "pso.policy", "pso.rollout", "pso.models", "eval.generate")
+SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("prompt_id", pa.string()),
+        ("prompt", pa.string()),
+        ("image_seed", pa.int64()),
+        ("png", pa.binary()),
+    ]
+)
+
+
+@dataclass(frozen=True, order=True)
+class Wanted:
+    """One image to make."""
+
+    prompt_id: str
+    image_seed: int
+    prompt: str
+
+    @property
+    def key(self) -> tuple:
+        return ("eval", self.image_seed, self.prompt_id)
+
+
+def wanted(prompts: list[Prompt], num_seeds: int, eval_seed: int) -> list[Wanted]:
+    """All images of an eval set in their one order, whatever the order of the prompt file."""
+    return sorted(Wanted(p.id, eval_seed + k, p.text) for p in prompts for k in range(num_seeds))
+
+
+def blocks(images: list[Wanted], size: int) -> list[list[Wanted]]:
+    return [images[i : i + size] for i in range(0, len(images), size)]
+
+
+def sample_block(policy: Policy, chain, block: list[Wanted], size: int) -> list[Image.Image]:
+    """One network batch of fixed shape."""
+    padded = [*block, *[block[-1]] * (size - len(block))]
+    condition = policy.encode_prompts([w.prompt for w in padded], batch_size=size)
+    latents = rollout(policy, chain, condition, [w.key for w in padded]).x0
+    return to_images(policy.decode(latents)[: len(block)])
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def write_shard(path: Path, made: Iterator[tuple[Wanted, Image.Image]], source: dict) -> None:
+    """The whole shard or nothing."""
+    rows = [
+        {"image_id": f"{w.prompt_id}-{w.image_seed}", "prompt_id": w.prompt_id, "prompt": w.prompt,
+         "image_seed": w.image_seed, "png": png(image)}
+        for w, image in made
+    ]  # fmt: skip
+    table = pa.Table.from_pylist(rows, SCHEMA.with_metadata({METADATA_KEY: json.dumps(source)}))
+    with atomic(path) as part:
+        pq.write_table(table, part)
+
+
+def is_current(path: Path, source: dict) -> bool:
+    """Whether a shard is there, whole, and made from these inputs."""
+    if not path.exists():
+        return False
+    try:
+        metadata = pq.read_metadata(path).metadata or {}
+    except (OSError, pa.ArrowInvalid):
+        return False
+    return json.loads(metadata.get(METADATA_KEY, b"{}")) == source
+
+
+class Generator:
+    """A loaded model that makes the images of one row after the other."""
+
+    def __init__(self, config: Config, model: str, results: Path):
+        self.config, self.model, self.results = config, model, results
+        self.hub = Hub(hub_dir(config.scale, results))
+        self.entry = config.models[model]
+        self.policy = load_policy(self.entry, self.hub, getattr(torch, config.scale_entry.dtype))
+        self.inputs = self.hub.inputs()
+        self.prompts: dict[str, list[Prompt]] = {}
+        self.made = self.kept = 0
+
+    def eval_set(self, name: str) -> list[Prompt]:
+        if name not in self.prompts:
+            self.prompts[name] = load_prompt_set(self.hub, self.config.datasets[name], name)
+        return self.prompts[name]
+
+    def source(self, job: Job, shard: list[list[Wanted]]) -> dict:
+        """Everything that decides a shard's pixels, except the machine."""
+        lora = job.lora(self.config.scale, self.results)
+        if lora is not None and not lora.exists():
+            raise UserError(
+                f"{lora} is missing; `python -m pso.tune --model {job.model} --method {job.method}` makes it."
+            )
+        return {
+            **asdict(job),
+            "scale": self.config.scale,
+            "settings": digest(self.entry.model_dump()),
+            "weights": digest(self.inputs),
+            "lora": None if lora is None else sha256_of(lora),
+            "code": fingerprint(*CODE),
+            "batch": self.config.scale_entry.eval_batch,
+            "dtype": self.config.scale_entry.dtype,
+            "images": digest([asdict(w) for block in shard for w in block]),
+        }
+
+    def run(self, job: Job) -> list[dict]:
+        """Make what is missing of one row on one eval set; its shards for the manifest."""
+        size = self.config.scale_entry.eval_batch
+        entry = self.config.datasets[job.eval_set]
+        images = wanted(self.eval_set(job.eval_set), entry.num_seeds, self.config.scale_entry.eval_seed)
+        todo = blocks(images, size)
+        shards = [todo[i : i + SHARD_BLOCKS] for i in range(0, len(todo), SHARD_BLOCKS)]
+        folder = job.images(self.config.scale, self.results)
+        listed = []
+        for k, shard in enumerate(shards):
+            path, source = folder / f"shard{k}.parquet", self.source(job, shard)
+            count = sum(map(len, shard))
+            if is_current(path, source):
+                self.kept += count
+            else:
+                self._make(job, path, shard, source)
+                self.made += count
+            listed.append(
+                {
+                    "file": str(path.relative_to(scale_dir(self.config.scale, self.results))),
+                    "images": count,
+                    "sha256": sha256_of(path),
+                }
+            )
+        for old in folder.glob("shard*.parquet"):
+            if int(old.stem.removeprefix("shard")) >= len(shards):
+                old.unlink()
+        return listed
+
+    def _make(self, job: Job, path: Path, shard: list[list[Wanted]], source: dict) -> None:
+        size = self.config.scale_entry.eval_batch
+        self._load(job)
+        chain = chain_for(job.model, self.entry, job.steps)
+        made = (
+            pair for block in shard for pair in zip(block, sample_block(self.policy, chain, block, size), strict=True)
+        )
+        write_shard(path, made, source)
+
+    def _load(self, job: Job) -> None:
+        if getattr(self, "loaded", None) == job.lora(self.config.scale, self.results):
+            return
+        self.loaded = job.lora(self.config.scale, self.results)
+        self.policy.unload_lora()
+        if self.loaded is not None:
+            self.policy.load_lora(self.loaded.parent)
+
+
+def generate(config: Config, model: str, results: Path) -> None:
+    meter = Meter()
+    generator = Generator(config, model, results)
+    found, wanted_jobs = {}, jobs(config, model)
+    if not wanted_jobs:
+        raise ConfigError(f"--model is {model!r}, but no row of {', '.join(config.tables)} shows it.")
+    began = time.monotonic()
+    for number, job in enumerate(wanted_jobs, 1):
+        shards = generator.run(job)
+        found.setdefault(job.task, []).append({**asdict(job), "shards": shards})
+        left = (time.monotonic() - began) / number * (len(wanted_jobs) - number)
+        log.info("%d/%d %s %s seed%d  left %d:%02d", number, len(wanted_jobs), job.method, job.eval_set, job.seed,
+                 *divmod(math.ceil(left), 60))  # fmt: skip
+    truncated = {
+        name: generator.policy.truncated_prompts([p.text for p in prompts])
+        for name, prompts in generator.prompts.items()
+    }
+    meter.counts = {"unet_forwards": generator.policy.unet_forwards, "images": generator.made, "kept": generator.kept}
+    settings = {"scale": config.scale, "model": {model: config.models[model].model_dump()}}
+    for task, listed in found.items():
+        write_json(
+            model_dir(config.scale, task, model, results) / "images.json",
+            record("generate", settings, generator.inputs, meter, images=listed, truncated_prompts=truncated),
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    with sentences("generate"):
+        config = from_arguments(args)
+        if args.model not in config.models:
+            raise ConfigError(f"--model is {args.model!r}; expected one of {', '.join(config.models)}.")
+        generate(config, args.model, args.results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""The paper's tables from scores: csv (numbers with intervals), md and tex (as printed). No torch.
+
+Rows and order are those of tables.yaml. A row or column without numbers stands with its reason.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import pandas as pd
+
+from eval.scores import (
+    Scores,
+    all_rows,
+    check_same_scorer,
+    metric_title,
+    pair,
+    read_scores,
+    table_entry,
+)
+from eval.stats import mean_interval
+from pso import paths
+from pso.config import add_arguments, from_arguments
+from pso.entries import UNTUNED, Config, Row, TableEntry
+from pso.provenance import atomic, sentences
+from pso.runs import metric_missing
+
+COUNTS = ["num_prompts", "num_images", "num_runs"]
+DASH = "–"
+EXTRA, TRAINED_ON = "†", "‡"
+LATEX_SPECIAL = str.maketrans(
+    {c: rf"\{c}" for c in "&%$#_{}"}
+    | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
+)
+LATEX_SIGNS = {DASH: "--", EXTRA: r"$\dagger$", TRAINED_ON: r"$\ddagger$"}
+
+
+def all_metrics(table: TableEntry) -> list[str]:
+    return [*table.metrics, *table.extra_metrics]
+
+
+# ---- numbers ----
+
+
+def build(config: Config, results: Path, name: str) -> pd.DataFrame:
+    """One line per eval set and row: value and interval of every metric, counts, why it is missing."""
+    table = table_entry(config, name)
+    lines = []
+    for eval_set in table.eval_sets:
+        scores = _block_scores(config, results, table, eval_set)
+        for row in all_rows(table):
+            lines.append(_line(config, table, eval_set, row, {m: s[row.label] for m, s in scores.items()}))
+    return pd.DataFrame(lines).astype(dict.fromkeys(COUNTS, "Int64"))
+
+
+def _block_scores(config: Config, results: Path, table: TableEntry, eval_set: str) -> dict[str, dict]:
+    """metric -> label -> Scores, or None where the row or the column is missing."""
+    found: dict[str, dict[str, Scores | None]] = {}
+    for metric in all_metrics(table):
+        found[metric] = {row.label: None for row in all_rows(table)}
+        if metric_missing(config, table, metric):
+            continue
+        for row in all_rows(table):
+            if row.missing is None:
+                found[metric][row.label] = read_scores(config, results, row, eval_set, metric, table.task)
+        present = [s for s in found[metric].values() if s is not None]
+        check_same_scorer(present)
+        for scores in present[1:]:
+            pair(present[0], scores)  # refuses rows that were scored on other images
+    return found
+
+
+def _line(config: Config, table: TableEntry, eval_set: str, row: Row, scores: dict[str, Scores | None]) -> dict:
+    line = {"eval_set": eval_set, "label": row.label, "model": row.model, "method": row.method, "steps": row.steps}
+    scale, counts, dropped = config.scale_entry, {}, []
+    for metric in all_metrics(table):
+        line |= {metric: None, f"{metric}_low": None, f"{metric}_high": None}
+        found = scores[metric]
+        if found is None:
+            continue
+        frame = found.frame
+        cell = mean_interval(frame["score"], frame["prompt_id"], scale.bootstrap_resamples, scale.eval_seed)
+        line |= {metric: cell.value, f"{metric}_low": cell.low, f"{metric}_high": cell.high}
+        counts = dict(zip(COUNTS, (cell.n_prompts, cell.n_images, len(found.run_seeds)), strict=True))
+        dropped += [f"{metric}: {count} {reason}" for reason, count in found.dropped.items() if count]
+    return line | dict.fromkeys(COUNTS) | counts | {"dropped": "; ".join(dropped), "status": row.missing or ""}
+
+
+# ---- as printed ----
+
+
+def printed(config: Config, metric: str, value: float) -> str:
+    return DASH if pd.isna(value) else f"{value:z.{config.metrics[metric].decimals}f}"
+
+
+def digits(least: int, interval: list[float]) -> int:
+    """Decimals that show an interval's width with two figures, so that no clear difference reads 0."""
+    width = interval[1] - interval[0]
+    return least if width <= 0 else max(least, min(1 - math.floor(math.log10(width)), 8))
+
+
+def block(
+    config: Config, table: TableEntry, lines: pd.DataFrame, metrics: list[str]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """One eval set's cells as text, and which of them are the best of their column."""
+    extra = {row.label for row in table.extra_rows}
+    cells = pd.DataFrame({"Method": [f"{EXTRA} {la}" if la in extra else la for la in lines["label"]]})
+    cells["Steps"] = lines["steps"].astype(str).to_list()
+    best = pd.DataFrame(False, index=cells.index, columns=cells.columns)
+    for metric in metrics:
+        texts = [printed(config, metric, value) for value in lines[metric]]
+        marks = [_reward(config, method) == metric for method in lines["method"]]
+        cells[metric] = [t + TRAINED_ON if mark and t != DASH else t for t, mark in zip(texts, marks, strict=True)]
+        values = pd.to_numeric(pd.Series(texts), errors="coerce")  # as printed, so that equal text is a tie
+        upwards = metric not in config.metrics or config.metrics[metric].higher_is_better
+        best[metric] = values == (values.max() if upwards else values.min())
+    if lines["status"].any():
+        cells["Note"], best["Note"] = lines["status"].to_list(), False
+    return cells, best
+
+
+def titles(config: Config, table: TableEntry, columns: list[str]) -> list[str]:
+    """Column heads of a block; what is not in the paper is marked."""
+    metrics = {m: metric_title(config, m) for m in table.metrics}
+    metrics |= {m: f"{EXTRA} {metric_title(config, m)}" for m in table.extra_metrics}
+    return [metrics.get(column, column) for column in columns]
+
+
+def _reward(config: Config, method: str | None) -> str | None:
+    known = isinstance(method, str) and method != UNTUNED
+    return config.methods[method].reward if known else None
+
+
+def scale_sentence(config: Config) -> str:
+    return f"Scale {config.scale}: {config.scale_entry.caption}"
+
+
+def notes(config: Config, table: TableEntry, frame: pd.DataFrame) -> list[str]:
+    """What a reader has to know besides the caption: one sentence each."""
+    told = [scale_sentence(config)]
+    rewards: dict[str, list[str]] = {}
+    for row in all_rows(table):
+        reward = _reward(config, row.method)
+        if reward and row.missing is None:
+            rewards.setdefault(reward, []).append(row.label)
+    for metric, labels in rewards.items():
+        mark = f" ({TRAINED_ON})" if metric in all_metrics(table) else ""
+        told.append(f"{metric_title(config, metric)} was the training reward of {', '.join(labels)}{mark}.")
+    told.append("Bold: the best of a column within one eval set, as printed.")
+    runs = frame["num_runs"].max()
+    if pd.notna(runs) and runs > 1:
+        told.append(f"Tuned rows are means over {int(runs)} training seeds.")
+    if table.extra_rows or table.extra_metrics:
+        told.append(f"{EXTRA} Not in the paper's table.")
+    reasons: dict[str, list[str]] = {}
+    for metric in all_metrics(table):
+        if reason := metric_missing(config, table, metric):
+            reasons.setdefault(reason, []).append(metric_title(config, metric))
+    told += [f"{DASH} in {', '.join(columns)}: {reason}." for reason, columns in reasons.items()]
+    for line in frame[frame["dropped"] != ""].itertuples():
+        told.append(f"Images without a score, {line.label} on {line.eval_set}: {line.dropped}.")
+    return told
+
+
+def to_markdown(config: Config, name: str, frame: pd.DataFrame) -> str:
+    table = table_entry(config, name)
+    parts = [f"# {name}, scale {config.scale}", table.caption]
+    for eval_set, lines in frame.groupby("eval_set", sort=False):
+        cells, best = block(config, table, lines, all_metrics(table))
+        text = cells.mask(best, "**" + cells + "**")
+        if table.extra_rows:  # Markdown has no rule inside a table
+            rule = pd.DataFrame([["*not in the paper:*"] + [""] * (text.shape[1] - 1)], columns=text.columns)
+            text = pd.concat([text.iloc[: len(table.rows)], rule, text.iloc[len(table.rows) :]])
+        align = ["right" if column in ["Steps", *all_metrics(table)] else "left" for column in text]
+        text.columns = titles(config, table, list(text))
+        parts += [
+            f"## {heading(eval_set, lines)}",
+            text.to_markdown(index=False, disable_numparse=True, colalign=align),
+        ]
+    parts.append("\n".join(f"- {note}" for note in notes(config, table, frame)))
+    parts.append(f"95 % intervals (bootstrap over prompts) are in {name}.csv; they do not cover the training seed.")
+    return "\n\n".join(parts) + "\n"
+
+
+def heading(eval_set: str, lines: pd.DataFrame) -> str:
+    prompts = lines["num_prompts"].max()
+    return eval_set if pd.isna(prompts) else f"{eval_set} ({int(prompts)} prompts)"
+
+
+def escape_latex(text: str) -> str:
+    return text.translate(LATEX_SPECIAL)
+
+
+def to_latex(config: Config, name: str, frame: pd.DataFrame) -> str:
+    """A table environment; the document needs booktabs and nothing else."""
+    table = table_entry(config, name)
+    panels = [_tabular(config, table, frame, table.metrics)]
+    if table.extra_metrics:  # a panel of its own: all columns side by side are wider than a page
+        measured = frame[frame["status"] == ""]
+        panels.append(_tabular(config, table, measured, table.extra_metrics))
+    caption = escape_latex(" ".join([table.caption, *notes(config, table, frame)]))
+    # makebox centres a tabular that is wider than the text
+    boxes = "\n\\par\\medskip\n".join(f"\\makebox[\\textwidth][c]{{%\n{panel}}}" for panel in panels)
+    latex = (
+        f"% {name}, scale {config.scale}; needs \\usepackage{{booktabs}}\n"
+        f"\\begin{{table}}[p]\n\\centering\\scriptsize\n\\caption{{{caption}}}\n\\label{{{table.label}}}\n\\par\\medskip\n"
+        f"{boxes}\n\\end{{table}}\n"
+    )
+    for sign, command in LATEX_SIGNS.items():
+        latex = latex.replace(sign, command)
+    return latex
+
+
+def _tabular(config: Config, table: TableEntry, frame: pd.DataFrame, metrics: list[str]) -> str:
+    groups = list(frame.groupby("eval_set", sort=False))
+    blocks = [block(config, table, lines, metrics) for _, lines in groups]
+    cells = pd.concat([cells for cells, _ in blocks], ignore_index=True).fillna("")
+    best = pd.concat([best for _, best in blocks], ignore_index=True)
+    heads = [escape_latex(title) for title in titles(config, table, list(cells))]
+    styler = cells.style.hide(axis="index").format(escape="latex").relabel_index(heads, axis=1)
+    styler = styler.apply(lambda _: best.replace({True: "textbf: --rwrap;", False: ""}), axis=None)
+    numbers = "r" * (1 + len(metrics)) + ("l" if "Note" in cells else "")
+    latex = styler.to_latex(hrules=True, column_format="l" + numbers).splitlines()
+    top = latex.index(r"\midrule")
+    body = iter(latex[top + 1 : top + 1 + len(cells)])
+    merged = latex[:top]
+    for eval_set, lines in groups:
+        title = rf"\textit{{{escape_latex(heading(eval_set, lines))}}}"
+        merged += [r"\midrule", rf"\multicolumn{{{cells.shape[1]}}}{{l}}{{{title}}} \\"]
+        num_paper = int((~lines["label"].isin([row.label for row in table.extra_rows])).sum())
+        for place in range(len(lines)):
+            merged += [rf"\cmidrule{{1-{cells.shape[1]}}}"] if place == num_paper else []
+            merged.append(next(body))
+    return "\n".join([*merged, *latex[top + 1 + len(cells) :]])
+
+
+def write(config: Config, results: Path, name: str) -> list[Path]:
+    frame = build(config, results, name)
+    folder = paths.scale_dir(config.scale, results) / "tables"
+    texts = {
+        "csv": frame.to_csv(index=False),
+        "md": to_markdown(config, name, frame),
+        "tex": to_latex(config, name, frame),
+    }
+    for ending, text in texts.items():
+        with atomic(folder / f"{name}.{ending}") as part:
+            part.write_text(text)
+    return [folder / f"{name}.{ending}" for ending in texts]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="write results/{scale}/tables/{table}.csv, .md and .tex")
+    parser.add_argument("--table", required=True, help="an entry of tables.yaml, as table1")
+    parser.add_argument("--results", type=Path, default=paths.RESULTS, help="folder of all results")
+    add_arguments(parser)
+    args = parser.parse_args()
+    with sentences("eval.tables"):
+        for path in write(from_arguments(args), args.results, args.table):
+            print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""The configuration's data models: what may stand in workflow/config/*.yaml, and nothing else.
+
+Pydantic with unknown keys refused and no silent conversion; the one source of the JSON Schemas.
+Torch-free. `pso.config` reads and checks the files.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+UNTUNED = "untuned"  # the method of a row in which nothing was trained
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+# ---- what methods take (each method's own Config derives from one of these) ----
+
+
+class EvidenceConfig(Strict):
+    """How a side's evidence is measured (pso/evidence.py)."""
+
+    reduction: Literal["mean", "sum"] = "mean"
+    omega: Literal["one", "kl"] = "one"
+    forward_coupling: Literal["paper", "exact_independent", "exact_markov"] = "paper"
+
+
+class PreferenceConfig(EvidenceConfig):
+    """-log sigma(beta * margin): Eq. 5, 6 and 7."""
+
+    beta: PositiveFloat
+    timestep_mode: Literal["trajectory_sum", "per_step_mean", "sample_one"]
+
+
+class TuneConfig(Strict):
+    """One training run; everything that the loop needs and no objective knows."""
+
+    num_updates: PositiveInt
+    batch_size: PositiveInt  # samples (pairs) per update, over all processes
+    learning_rate: PositiveFloat
+    optimizer: Literal["adamw"] = "adamw"
+    weight_decay: Annotated[float, Field(ge=0)] = 1.0e-6
+    max_grad_norm: PositiveFloat = 1.0
+    micro_batch: PositiveInt = 256  # network rows held with a graph at once; results do not depend on it
+    checkpoint_every: PositiveInt = 100
+    probe_every: PositiveInt = 100  # updates between measurements of KL and reward of the sampler
+    probe_prompts: PositiveInt = 16
+    probe_reward: Name | None = "pick_score"  # measured for every method, trained on or not
+
+
+# ---- the files of workflow/config ----
+
+
+class HubFile(Strict):
+    repo: str
+    file: str
+
+
+class ModelEntry(Strict):
+    """models.yaml: one model as it is sampled."""
+
+    title: str
+    base: str  # repository of a diffusers SDXL pipeline
+    unet: HubFile | None = None  # another UNet's state dict on the base's architecture
+    vae: str | None = None
+    sampler: Literal["renoise", "ancestral", "ddim", "euler"]
+    grids: dict[int, list[int] | Literal["leading", "trailing"]]  # steps -> times, falling
+    guidance_scale: Annotated[float, Field(ge=0)]
+    resolution: PositiveInt
+    lora_rank: PositiveInt | None = None  # None: this model is never tuned
+    lora_targets: list[str] = ["to_q", "to_k", "to_v", "to_out.0"]
+    tuned_steps: PositiveInt | None = None  # the grid on which it is tuned
+
+
+class MethodEntry(Strict):
+    """methods.yaml: one method with its settings."""
+
+    title: str
+    module: str  # dotted path of the method's file
+    data: Name
+    reward: Name | None = None
+    tune: TuneConfig
+    objective: dict[str, Any]  # the module's own Config
+
+
+class Checkpoint(Strict):
+    repo: str
+    file: str | None = None
+    processor: str | None = None  # repository of tokenizer and image settings, where another
+
+
+class MetricEntry(Strict):
+    """metrics.yaml: one column."""
+
+    title: str
+    module: str
+    decimals: Annotated[int, Field(ge=0)]
+    higher_is_better: bool = True
+    scale: float = 1.0  # printed = scale * score
+    checkpoint: Checkpoint | None = None
+    head: Checkpoint | None = None
+    only_scales: list[str] | None = None  # where the column can exist at all
+
+
+class DatasetEntry(Strict):
+    """datasets.yaml: one prompt set, set of pairs or folder of subjects."""
+
+    format: Literal["caption_parquet", "caption_json", "parti_tsv", "preference_parquet", "dreambooth"]
+    repo: str
+    files: str  # a file, or a glob
+    num_rows: PositiveInt | None = None  # checked where given
+    sha256: str | None = None
+    num_seeds: PositiveInt = 1  # images per prompt, evaluation sets only
+
+
+class Row(Strict):
+    label: str
+    model: Name | None = None
+    method: Name | None = None
+    steps: PositiveInt
+    missing: str | None = None  # why the row has no numbers
+
+
+class TableEntry(Strict):
+    """tables.yaml: rows and order as printed in the paper."""
+
+    task: str = "preference"
+    caption: str
+    label: str
+    eval_sets: list[Name]
+    metrics: list[Name]
+    missing_metrics: dict[str, str] = {}
+    extra_metrics: list[Name] = []
+    rows: list[Row]
+    extra_rows: list[Row] = []
+
+
+class ClaimEntry(Strict):
+    """claims.yaml: one comparative sentence, judged from paired scores.
+
+    above / below: the difference is significantly above / below 0. not_below: the interval of the
+    difference lies above -margin. at_least_share: the interval of the ratio lies above `share`.
+    """
+
+    text: str
+    source: str
+    group: str
+    table: Name
+    left: str  # labels of rows
+    right: str
+    metric: Name
+    eval_sets: list[Name]
+    relation: Literal["above", "below", "not_below", "at_least_share"]
+    margin: Annotated[float, Field(ge=0)] = 0.0
+    share: PositiveFloat | None = None
+
+
+class Fit(Strict):
+    """One training of the stand-in hub."""
+
+    num_steps: PositiveInt
+    batch_size: PositiveInt
+    learning_rate: PositiveFloat
+
+
+class Distil(Fit):
+    critic_learning_rate: PositiveFloat
+    guidance_scale: PositiveFloat
+    num_solutions: PositiveInt  # teacher trajectories for the warm start
+    warm_start: Fit
+
+
+class StandIn(Strict):
+    """scales.yaml: how the stand-in hub is made."""
+
+    seed: int = 0
+    num_images: PositiveInt
+    num_pairs: PositiveInt
+    num_prompts: dict[str, PositiveInt]
+    vae: Fit
+    clip: Fit
+    pick_score: Fit
+    aesthetic: Fit
+    teacher: Fit
+    dmd2: Distil
+
+
+class ScaleEntry(Strict):
+    """scales.yaml: where weights and data come from, and what differs from the paper's settings."""
+
+    caption: str  # what a reader of its tables must know
+    standin: StandIn
+    dtype: Literal["float32"] = "float32"
+    eval_seed: int = 0
+    eval_batch: PositiveInt  # images per network call; a fixed shape, the last batch is padded
+    bootstrap_resamples: PositiveInt = 10_000
+    models: dict[Name, dict[str, Any]] = {}
+    methods: dict[Name, dict[str, Any]] = {}
+    datasets: dict[Name, dict[str, Any]] = {}
+
+
+class Config(Strict):
+    """Everything, resolved for one scale."""
+
+    scale: Name
+    seeds: list[int]  # training seeds
+    tables: list[Name]
+    scale_entry: ScaleEntry
+    models: dict[Name, ModelEntry]
+    methods: dict[Name, MethodEntry]
+    metrics: dict[Name, MetricEntry]
+    datasets: dict[Name, DatasetEntry]
+    table_entries: dict[Name, TableEntry]
+    claims: dict[Name, ClaimEntry]
+
+
+ENTRIES = {
+    "scales": ScaleEntry,
+    "models": ModelEntry,
+    "methods": MethodEntry,
+    "metrics": MetricEntry,
+    "datasets": DatasetEntry,
+    "tables": TableEntry,
+    "claims": ClaimEntry,
+}
+TOP_LEVEL = {"scale", "seeds", "tables"}

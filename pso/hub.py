@@ -1,0 +1,54 @@
+"""Files by repository id: the one door to weights and data.
+
+A hub is a folder that holds repositories under their real ids and file names. The stand-in hub of
+the small scales is such a folder, made by `pso.miniature`; loaders cannot tell it from the real one.
+"""
+
+from pathlib import Path
+
+from pso.paths import RESULTS, scale_dir
+from pso.provenance import UserError, sha256_of
+
+
+def hub_dir(scale: str, results: Path = RESULTS) -> Path:
+    return scale_dir(scale, results) / "hub"
+
+
+class Hub:
+    """Looks up files and remembers what was used, for run.json."""
+
+    def __init__(self, root: Path, command: str = "snakemake hub"):
+        self.root, self.command = Path(root), command
+        self.used: dict[tuple[str, str], Path] = {}
+
+    def repo(self, repo: str) -> Path:
+        """The folder of a repository."""
+        path = self.root / repo
+        if not path.is_dir():
+            raise UserError(f"repository {repo} is not in the hub {self.root}; `{self.command}` makes it.")
+        return path
+
+    def file(self, repo: str, name: str) -> Path:
+        path = self.repo(repo) / name
+        if not path.is_file():
+            raise UserError(f"{repo} has no file {name} in the hub {self.root}; `{self.command}` makes it.")
+        self.used[repo, name] = path
+        return path
+
+    def files(self, repo: str, pattern: str) -> list[Path]:
+        """Every file that fits a glob, in the order of their names."""
+        found = sorted(self.repo(repo).glob(pattern))
+        if not found:
+            raise UserError(f"{repo} has no file {pattern} in the hub {self.root}; `{self.command}` makes it.")
+        self.used |= {(repo, str(path.relative_to(self.root / repo))): path for path in found}
+        return found
+
+    def weights(self, repo: str, folder: str = "") -> list[Path]:
+        """The safetensors files below a folder of a repository."""
+        return self.files(repo, f"{folder}/**/*.safetensors" if folder else "**/*.safetensors")
+
+    def inputs(self) -> list[dict]:
+        """What was used: repository, file and sha256, for run.json."""
+        return [
+            {"repo": repo, "file": name, "sha256": sha256_of(path)} for (repo, name), path in sorted(self.used.items())
+        ]

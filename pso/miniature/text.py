@@ -1,0 +1,57 @@
+"""The stand-in tokenizer: real CLIP files (vocab.json, merges.txt) in which every word of the world is one token.
+
+Bytes are the fall-back, so any prompt can be tokenised. `<|endoftext|>` has the highest id, because
+CLIP's text model finds the end of the text there.
+"""
+
+import json
+from pathlib import Path
+
+from transformers import CLIPTokenizer
+
+from pso.miniature import world
+
+WINDOW = 24  # tokens; every caption of the world fits
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+
+
+def _byte_symbols() -> list[str]:
+    """CLIP's 256 printable stand-ins for bytes, in its order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in printable]
+    return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
+
+
+def _merges(words: list[str]) -> list[tuple[str, str]]:
+    """Merges that build each word from the left; the last letter carries </w>."""
+    found: dict[tuple[str, str], None] = {}
+    for word in words:
+        letters = [*word[:-1], word[-1] + "</w>"]
+        whole = letters[0]
+        for letter in letters[1:]:
+            found[whole, letter] = None
+            whole += letter
+    return list(found)
+
+
+def write_tokenizer(folder: Path, pad: str = EOS) -> CLIPTokenizer:
+    """vocab.json, merges.txt and tokenizer_config.json; `pad` as in SDXL: "!" for its second tokenizer."""
+    words = sorted({w for caption in world.OF_CAPTION for w in caption.replace(",", " ").replace(":", " ").split()})
+    symbols, merges = _byte_symbols(), _merges(words)
+    tokens = [*symbols, *(s + "</w>" for s in symbols), *("".join(m) for m in merges), BOS, EOS]
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
+    lines = ["#version: 0.2", *(" ".join(m) for m in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+    tokenizer = CLIPTokenizer(
+        vocab=str(folder / "vocab.json"),
+        merges=str(folder / "merges.txt"),
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=EOS,
+        pad_token=pad,
+        model_max_length=WINDOW,
+    )
+    tokenizer.save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder)

@@ -1,0 +1,33 @@
+"""The path grammar of results/ (also printed in results/README.md). Torch-free.
+
+results/{scale}/{task}/{model}/{method}/seed{seed}/          one run
+    lora/pytorch_lora_weights.safetensors  run.json  config.yaml  train.jsonl  tune.log  state/
+    images/{eval_set}/steps{n}/shard{k}.parquet
+    scores/{eval_set}/steps{n}/{metric}.parquet
+results/{scale}/tables/  claims.{md,json}  figures/  hub/  cache/
+"""
+
+from pathlib import Path
+
+RESULTS = Path("results")
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
+
+
+def scale_dir(scale: str, results: Path = RESULTS) -> Path:
+    return Path(results) / scale
+
+
+def model_dir(scale: str, task: str, model: str, results: Path = RESULTS) -> Path:
+    return scale_dir(scale, results) / task / model
+
+
+def run_dir(scale: str, task: str, model: str, method: str, seed: int, results: Path = RESULTS) -> Path:
+    return model_dir(scale, task, model, results) / method / f"seed{seed}"
+
+
+def images_dir(run: Path, eval_set: str, steps: int) -> Path:
+    return run / "images" / eval_set / f"steps{steps}"
+
+
+def scores_file(run: Path, eval_set: str, steps: int, metric: str) -> Path:
+    return run / "scores" / eval_set / f"steps{steps}" / f"{metric}.parquet"

@@ -1,0 +1,218 @@
+"""One frozen network with a LoRA: theta with the adapter, pre without it. Never a second copy.
+
+Text encoding, guidance, autocast, the VAE, counting of network calls and the LoRA file all live
+here, so that sampling and training run under the same numerics.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+
+from pso.mdp import Chain
+from pso.paths import LORA_FILE
+from pso.provenance import UserError
+
+ADAPTER = "theta"
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """SDXL's text condition of P prompts: hidden [P, L, D], pooled [P, D']."""
+
+    hidden: Tensor
+    pooled: Tensor
+
+    def rows(self, index: Tensor) -> "Conditioning":
+        return Conditioning(self.hidden[index], self.pooled[index])
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+
+class Policy:
+    """A loaded SDXL-type pipeline as a policy. `resolution` in px, `dtype` of the frozen weights."""
+
+    def __init__(self, pipeline: StableDiffusionXLPipeline, resolution: int, guidance_scale: float = 0.0):
+        if pipeline.unet.config.time_cond_proj_dim is not None:
+            raise UserError(
+                "the UNet takes a guidance embedding (time_cond_proj_dim), as SDXL-LCM's does; without one it would "
+                "run silently wrong, and models of that kind are not built yet."
+            )
+        self.pipeline, self.resolution, self.guidance_scale = pipeline, resolution, guidance_scale
+        for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+            part.requires_grad_(False).eval()
+        self.unet_forwards = 0  # images through the network, guidance counted twice
+
+    # -- sizes --
+
+    @property
+    def unet(self):
+        return self.pipeline.unet
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        side = self.resolution // self.pipeline.vae_scale_factor
+        return (self.unet.config.in_channels, side, side)
+
+    # -- text --
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str], batch_size: int = 64) -> Conditioning:
+        """SDXL's two text encoders, as the pipeline itself runs them (77 tokens, no negative prompt)."""
+        parts = [
+            self.pipeline.encode_prompt(prompts[i : i + batch_size], do_classifier_free_guidance=False)
+            for i in range(0, len(prompts), batch_size)
+        ]
+        return Conditioning(torch.cat([p[0] for p in parts]), torch.cat([p[2] for p in parts]))
+
+    def truncated_prompts(self, prompts: list[str]) -> int:
+        """How many prompts are longer than the tokenizer's window (they are cut, as diffusers does)."""
+        tokenizer = self.pipeline.tokenizer
+        lengths = [len(ids) for ids in tokenizer(prompts, truncation=False)["input_ids"]]
+        return sum(length > tokenizer.model_max_length for length in lengths)
+
+    # -- the network --
+
+    def eps(self, chain: Chain, n: Tensor, x: Tensor, condition: Conditioning, pre: bool = False) -> Tensor:
+        """eps_theta, or eps_pre with `pre`, at x_n.
+
+        n [...] CPU, x [..., C, H, W], condition with one row per element of n (flattened order).
+        Returns float32 of x's shape. pre runs without a graph and with the adapter off.
+        """
+        shape, flat = x.shape, x.reshape(-1, *x.shape[-3:])
+        t = chain.time(n).reshape(-1).to(flat.device)
+        shown = chain.scale_input(n.reshape(-1), flat)
+        with self.without_adapter() if pre else contextlib.nullcontext():
+            eps = self._network(shown, t, condition)
+        return eps.float().reshape(shape)
+
+    def guided_eps(self, chain: Chain, n: Tensor, x: Tensor, condition: Conditioning) -> Tensor:
+        """Classifier-free guidance where guidance_scale > 1 (diffusers' rule), else eps_theta.
+
+        The negative condition is zeros, as SDXL's `force_zeros_for_empty_prompt` makes it.
+        """
+        if self.guidance_scale <= 1:
+            return self.eps(chain, n, x, condition)
+        nothing = Conditioning(torch.zeros_like(condition.hidden), torch.zeros_like(condition.pooled))
+        both = Conditioning(
+            torch.cat([nothing.hidden, condition.hidden]), torch.cat([nothing.pooled, condition.pooled])
+        )
+        negative, positive = self.eps(chain, torch.cat([n, n]), torch.cat([x, x]), both).chunk(2)
+        return negative + self.guidance_scale * (positive - negative)
+
+    def _network(self, shown: Tensor, t: Tensor, condition: Conditioning) -> Tensor:
+        size = float(self.resolution)
+        time_ids = shown.new_tensor([size, size, 0.0, 0.0, size, size]).expand(len(shown), 6)
+        self.unet_forwards += len(shown)
+        dtype = self.unet.dtype
+        with torch.autocast(shown.device.type, dtype, enabled=dtype != torch.float32):
+            return self.unet(
+                shown.to(dtype),
+                t,
+                encoder_hidden_states=condition.hidden.to(dtype),
+                added_cond_kwargs={"text_embeds": condition.pooled.to(dtype), "time_ids": time_ids.to(dtype)},
+            ).sample
+
+    # -- adapter --
+
+    @property
+    def has_adapter(self) -> bool:
+        return ADAPTER in (getattr(self.unet, "peft_config", None) or {})
+
+    @contextlib.contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """No graph and the adapter off; on again before anyone calls backward."""
+        if not self.has_adapter:
+            with torch.no_grad():
+                yield
+            return
+        self.unet.disable_adapters()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.unet.enable_adapters()
+
+    def add_lora(self, rank: int, targets: list[str], seed: int) -> None:
+        """A fresh adapter, alpha = rank, A gaussian and B zero: theta = pre. Float32 whatever the base is."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.unet.add_adapter(
+                LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights="gaussian"), ADAPTER
+            )
+        for parameter in self.lora_parameters():
+            parameter.data = parameter.data.float()
+
+    def lora_parameters(self) -> list[torch.nn.Parameter]:
+        return [p for name, p in self.unet.named_parameters() if f".{ADAPTER}." in name]
+
+    def lora_state(self) -> dict[str, Tensor]:
+        """PEFT's names, for checkpoints."""
+        return get_peft_model_state_dict(self.unet, adapter_name=ADAPTER)
+
+    def set_lora_state(self, state: dict[str, Tensor]) -> None:
+        result = set_peft_model_state_dict(self.unet, state, adapter_name=ADAPTER)
+        if result is not None and result.unexpected_keys:
+            raise ValueError(f"LoRA state has unknown keys, the first is {result.unexpected_keys[0]}")
+
+    def save_lora(self, folder: Path) -> None:
+        """`pytorch_lora_weights.safetensors` as `pipe.load_lora_weights(folder)` of diffusers reads it.
+
+        PEFT's key names throughout: `convert_state_dict_to_diffusers` renames attention layers only, and
+        of a file with both kinds of names the loader silently drops one.
+        """
+        StableDiffusionXLPipeline.save_lora_weights(
+            str(folder), unet_lora_layers=self.lora_state(), weight_name=LORA_FILE
+        )
+
+    def load_lora(self, folder: Path) -> None:
+        """Through the pipeline's own door, as any user of the file; every tensor of it must arrive."""
+        self.unload_lora()
+        self.pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name=ADAPTER)
+        with safe_open(Path(folder) / LORA_FILE, "pt") as file:
+            stored = sum(key.endswith(".weight") for key in file.keys())  # noqa: SIM118
+        if len(self.lora_state()) != stored:
+            raise UserError(
+                f"{folder}/{LORA_FILE} holds {stored} tensors, but diffusers loaded {len(self.lora_state())} of them; "
+                "are its key names of two kinds, or is it for another model?"
+            )
+
+    def unload_lora(self) -> None:
+        if self.has_adapter:
+            self.pipeline.delete_adapters(ADAPTER)
+
+    # -- pixels --
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, H, W] -> uint8 images [B, H, W, 3] on the CPU, rounded as diffusers does."""
+        vae = self.pipeline.vae
+        decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample.float()
+        unit = (decoded / 2 + 0.5).clamp(0, 1)
+        return (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 images [B, H, W, 3] -> mean and std of the latent posterior, scaled, float32."""
+        vae = self.pipeline.vae
+        pixels = images.permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
+        posterior = vae.encode(pixels).latent_dist
+        return tuple((v * vae.config.scaling_factor).float() for v in (posterior.mean, posterior.std))
+
+
+def to_images(batch: Tensor) -> list[Image.Image]:
+    """uint8 [B, H, W, 3] -> Pillow images."""
+    return [Image.fromarray(image.numpy()) for image in batch]

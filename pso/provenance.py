@@ -1,0 +1,173 @@
+"""Where results come from: atomic files, fingerprints of code, and the record beside every result.
+
+Torch-free. Nothing here writes a host name, user name, token or absolute path.
+"""
+
+import ast
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pandas", "pyarrow")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class UserError(ValueError):
+    """Something the user can put right; the message is a sentence that says how."""
+
+
+@contextlib.contextmanager
+def sentences(program: str) -> Iterator[None]:
+    """Around a command's main: UserError and a failed write become one line and exit code 1."""
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f"{program}: {error}")
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its name only when it is complete and on disk.
+
+    When writing fails (a full disk, say) the temporary file goes away and an old `path` stays.
+    """
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=_made(path.parent), prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    part = Path(name)
+    try:
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(part, 0o666 & ~_umask())
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(
+            f"could not write {path}: {error.strerror or error}; nothing half-written was left behind. "
+            "Make room or make the folder writable, then run the same command again."
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: Path, content: Any) -> None:
+    with atomic(path) as part:
+        part.write_text(json.dumps(content, indent=2, sort_keys=False) + "\n")
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(content: Any) -> str:
+    """Short hash of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def fingerprint(*modules: str) -> str:
+    """Hash of the code of modules given by dotted path: comments and layout do not count.
+
+    A module of the user's that is not in this repository counts by name only.
+    """
+    trees = []
+    for module in modules:
+        path = ROOT / (module.replace(".", "/") + ".py")
+        trees.append((module, ast.dump(ast.parse(path.read_text())) if path.exists() else None))
+    return digest(trees)
+
+
+def _git(*args: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout
+
+
+def code_state() -> dict:
+    """Commit, and the hash of what differs from it."""
+    changes = _git("diff", "HEAD", "--", "*.py", "workflow")
+    return {
+        "commit": (_git("rev-parse", "HEAD") or "").strip() or None,
+        "dirty": digest(changes) if changes else None,
+    }
+
+
+def versions() -> dict:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def hardware() -> dict:
+    """CPU architecture and count, and the GPUs if torch is loaded and sees any."""
+    found: dict = {"machine": platform.machine(), "cpus": os.cpu_count()}
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        found["threads"] = torch.get_num_threads()
+        if torch.cuda.is_available():
+            count = torch.cuda.device_count()
+            found["gpus"] = [torch.cuda.get_device_name(i) for i in range(count)]
+    return found
+
+
+class Meter:
+    """Cost of a job: wall and CPU seconds, peak memory, and named counts."""
+
+    def __init__(self) -> None:
+        self.started, self.cpu = time.monotonic(), time.process_time()
+        self.counts: dict[str, int] = {}
+
+    def cost(self) -> dict:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+        found = {
+            "wall_s": round(time.monotonic() - self.started, 1),
+            "cpu_s": round(time.process_time() - self.cpu, 1),
+            "peak_rss_gib": round(peak, 2),
+            **self.counts,
+        }
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_available():
+            found["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        return found
+
+
+def record(job: str, config: dict, inputs: list[dict], meter: Meter, **more: Any) -> dict:
+    """The content of a run.json: what was asked, by which code, from what, on what, at what cost."""
+    return {
+        "schema_version": 1,
+        "job": job,
+        "config": config,
+        "config_digest": digest(config),
+        "code": code_state(),
+        "inputs": inputs,
+        "versions": versions(),
+        "hardware": hardware(),
+        "cost": meter.cost(),
+        **more,
+    }

@@ -1,0 +1,51 @@
+"""One thread per process, no network, and the smoke scale run once for every test that needs a hub."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+for name, value in {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}.items():
+    os.environ[name] = value
+
+
+def run(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    """A command as a user would give it, with this interpreter first on the PATH."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=1200)
+
+
+def snakemake(*arguments: str, cwd: Path, scale: str = "smoke") -> subprocess.CompletedProcess:
+    """The workflow on a folder of its own: `--directory` is where results/ appears."""
+    return run(
+        "snakemake", "--snakefile", str(ROOT / "workflow" / "Snakefile"), "--directory", str(cwd), "--cores", "2",
+        *arguments, "--config", f"scale={scale}", cwd=cwd,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory) -> Path:
+    """A folder whose results/smoke the whole DAG has made."""
+    folder = tmp_path_factory.mktemp("smoke")
+    done = snakemake(cwd=folder)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return folder
+
+
+@pytest.fixture
+def with_hub(smoke, tmp_path) -> Path:
+    """An empty results folder that shares the smoke hub and its cache."""
+    (tmp_path / "smoke").mkdir()
+    for name in ("hub", "cache"):
+        (tmp_path / "smoke" / name).symlink_to(smoke / "results" / "smoke" / name, target_is_directory=True)
+    return tmp_path
+
+
+def smoke_settings(**overrides) -> str:
+    """--set for the smoke scale with nested overrides of its own entry."""
+    return json.dumps({"scale": "smoke", "scales": {"smoke": overrides}})

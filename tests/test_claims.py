@@ -1,0 +1,192 @@
+"""Verdicts on made-up scores, and that text and JSON are the same."""
+
+import json
+
+import pytest
+from synthetic import (
+    EVAL_SETS,
+    NAIVE,
+    NUM_PROMPTS,
+    NUM_SEEDS,
+    ROWS,
+    claim,
+    config,
+    frame,
+    metric,
+    scores_path,
+    write_scores,
+    write_tree,
+)
+
+from eval.claims import bound_of, judge, judge_all, to_markdown, write
+from eval.stats import Estimate
+from pso.provenance import UserError
+
+CLAIMS = {
+    "online_above": claim(),
+    "naive_below": claim(left=NAIVE.label, relation="below", group="Figure 1(b)"),
+    "naive_above": claim(left=NAIVE.label, group="Figure 1(b)"),
+    "online_not_below": claim(metric="clip_score", relation="not_below", margin=0.001),
+    "naive_not_below": claim(left=NAIVE.label, metric="clip_score", relation="not_below", margin=0.001),
+    "online_keeps_sharpness": claim(metric="sharpness", relation="at_least_share", share=0.95),
+    "naive_keeps_sharpness": claim(left=NAIVE.label, metric="sharpness", relation="at_least_share", share=0.98),
+    "dpo_above": claim(left="SDXL-DPO"),
+    "same": claim(left="SDXL"),
+}
+VERDICTS = {
+    "online_above": "holds",
+    "naive_below": "holds",
+    "naive_above": "fails",
+    "online_not_below": "holds",
+    "naive_not_below": "fails",
+    "online_keeps_sharpness": "holds",
+    "naive_keeps_sharpness": "fails",
+    "dpo_above": "inconclusive",
+    "same": "inconclusive",
+}
+
+
+def judged(results, **changes) -> dict[str, dict]:
+    cfg = config(**({"claims": CLAIMS} | changes))
+    return {entry["id"]: entry for entry in judge_all(cfg, write_tree(cfg, results))}
+
+
+def test_verdicts(tmp_path):
+    found = judged(tmp_path)
+    assert {name: entry["verdict"] for name, entry in found.items()} == VERDICTS
+    assert found["online_above"]["estimate"] == pytest.approx(2.0, abs=0.3)  # 0.02, printed x 100
+    assert found["online_keeps_sharpness"]["estimate"] == pytest.approx(1.02, abs=0.005)
+    assert found["dpo_above"]["reason"] == "row SDXL-DPO: not built yet"
+    assert found["dpo_above"]["estimate"] is None
+
+
+@pytest.mark.parametrize(
+    ("relation", "low", "high", "p", "verdict"),
+    [
+        ("above", 0.1, 0.3, 0.01, "holds"),
+        ("above", 0.1, 0.3, 0.06, "inconclusive"),  # Holm's p decides too
+        ("above", 0.0, 0.3, 0.01, "inconclusive"),
+        ("above", -0.3, -0.1, 0.01, "fails"),
+        ("below", -0.3, -0.1, 0.01, "holds"),
+        ("below", -0.3, -0.1, 0.05, "inconclusive"),
+        ("below", -0.3, 0.1, 0.01, "inconclusive"),
+        ("below", 0.1, 0.3, 0.9, "fails"),
+        ("not_below", -0.02, 0.3, 0.9, "holds"),
+        ("not_below", -0.03, 0.3, 0.01, "inconclusive"),
+        ("not_below", -0.3, -0.03, 0.01, "fails"),
+        ("at_least_share", 0.95, 0.99, 0.9, "holds"),
+        ("at_least_share", 0.94, 0.99, 0.01, "inconclusive"),
+        ("at_least_share", 0.8, 0.94, 0.01, "fails"),
+    ],
+)
+def test_rule(relation, low, high, p, verdict):
+    entry = claim(relation=relation, margin=0.02, share=0.95 if relation == "at_least_share" else None)
+    estimate = Estimate((low + high) / 2, low, high, 10, 10, p)
+    bound = bound_of(config(metrics={"pick_score": metric("PickScore")}), entry)
+    assert judge(entry, estimate, p, bound) == verdict
+
+
+def test_the_margin_is_in_units_of_the_score():
+    entry = claim(relation="not_below", margin=0.02)
+    assert bound_of(config(), entry) == -2.0  # PickScore is printed x 100
+
+
+def test_eval_sets_are_pooled_and_their_prompts_stay_apart(tmp_path):
+    entry = judged(tmp_path)["online_above"]
+    assert (entry["n"], entry["prompts"]) == (2 * NUM_PROMPTS * NUM_SEEDS, 2 * NUM_PROMPTS)
+    by_hand = [
+        100 * (frame(ROWS[4], e, "pick_score")["score"] - frame(ROWS[2], e, "pick_score")["score"]).mean()
+        for e in EVAL_SETS
+    ]
+    assert entry["estimate"] == pytest.approx(sum(by_hand) / 2)
+
+
+def test_holm_counts_every_declared_claim(tmp_path):
+    alone = judged(tmp_path, claims={"online_above": claim()})["online_above"]
+    beside = judged(
+        tmp_path, claims={"online_above": claim(), "dpo": claim(left="SDXL-DPO"), "same": claim(left="SDXL")}
+    )
+    assert alone["p_value_holm"] == alone["p_value"] == beside["online_above"]["p_value"]
+    assert beside["online_above"]["p_value_holm"] == pytest.approx(3 * alone["p_value"])
+    assert beside["dpo"]["p_value_holm"] is None
+
+
+def test_training_seeds_are_told(tmp_path):
+    cfg = config(seeds=[0, 1], claims=CLAIMS)
+    found = {entry["id"]: entry for entry in judge_all(cfg, write_tree(cfg, tmp_path))}
+    entry = found["online_above"]
+    assert entry["training_seeds"] == {"left": [0, 1], "right": [0]}
+    by_seed = entry["estimate_by_training_seed"]
+    assert sum(by_seed.values()) / 2 == pytest.approx(entry["estimate"])
+    assert entry["prompts"] == 2 * NUM_PROMPTS  # more runs are no more prompts
+    assert entry["n"] == 2 * NUM_PROMPTS * NUM_SEEDS
+    assert "2 training seed(s), seed 0: +" in to_markdown(cfg, list(found.values()))
+
+
+def test_text_and_json_are_the_same(tmp_path):
+    cfg = config(claims=CLAIMS)
+    written = write(cfg, write_tree(cfg, tmp_path))
+    found = json.loads((tmp_path / "miniature/claims.json").read_text())
+    text = (tmp_path / "miniature/claims.md").read_text()
+    assert isinstance(found, list) and found == written
+    assert [entry["id"] for entry in found] == list(CLAIMS)
+    needed = {"id", "group", "text", "source", "left", "right", "metric", "relation", "n", "prompts", "estimate"}
+    assert needed | {"interval", "p_value", "p_value_holm", "verdict"} <= set(found[0])
+    assert "**9 claims: 4 holds, 3 fails, 2 inconclusive.**" in text
+    assert "Scale miniature: a stand-in world" in text and "Holm's p < 0.05" in text
+    assert "PickScore was the training reward of Online-PSO w/ SDXL-DMD2, so this is no independent evidence" in text
+    for entry in found:
+        assert f"`{entry['id']}`" in text
+        if entry["estimate"] is None:
+            assert f"not measured: {entry['reason']}" in text
+        else:
+            sign = "" if entry["relation"] == "at_least_share" else "+"
+            numbers = (entry["estimate"], *entry["interval"])
+            shown = [tuple(f"{value:{sign}.{d}f}" for value in numbers) for d in range(3, 9)]
+            assert any(f"| {value} " in text and f"[{low}, {high}]" in text for value, low, high in shown)
+            assert f"scorer {entry['scorer']['digest']}" in text
+
+
+def test_missing_columns_and_tables_are_inconclusive(tmp_path):
+    claims = {"reward": claim(metric="image_reward"), "sharp": claim(metric="sharpness")}
+    metrics = {**config().metrics, "sharpness": metric("Sharpness", only_scales=["smoke"])}
+    found = judged(tmp_path, claims=claims, metrics=metrics)
+    assert found["reward"]["reason"] == "column image_reward: not built yet"
+    assert found["sharp"]["reason"] == "column sharpness: exists only at scale smoke"
+    assert {entry["verdict"] for entry in found.values()} == {"inconclusive"}
+    elsewhere = judged(tmp_path, tables=[])
+    assert {entry["reason"] for entry in elsewhere.values()} == {"config.tables does not list table1"}
+
+
+def test_an_impossible_ratio_is_inconclusive(tmp_path):
+    cfg = config(claims={"share": claim(metric="sharpness", relation="at_least_share", share=0.95)})
+    write_tree(cfg, tmp_path)
+    flat = frame(ROWS[2], "parti_prompts", "sharpness").assign(score=0.0)
+    write_scores(
+        scores_path(cfg, tmp_path, ROWS[2], "parti_prompts", "sharpness"), flat, ROWS[2], "parti_prompts", "sharpness"
+    )
+    (entry,) = judge_all(cfg, tmp_path)
+    assert (entry["verdict"], entry["reason"]) == (
+        "inconclusive", "a ratio needs scores above 0 on its right side; use a difference."
+    )  # fmt: skip
+
+
+def test_a_missing_file_is_an_error_and_writes_nothing(tmp_path):
+    cfg = config()
+    write_tree(cfg, tmp_path)
+    scores_path(cfg, tmp_path, ROWS[4], "parti_prompts", "pick_score").unlink()
+    with pytest.raises(UserError, match="is not there; make it with"):
+        write(cfg, tmp_path)
+    assert not (tmp_path / "miniature/claims.json").exists()
+
+
+def test_other_scorers_on_one_eval_set_are_refused(tmp_path):
+    cfg = config()
+    write_tree(cfg, tmp_path)
+    for row in (ROWS[2], ROWS[4]):
+        path = scores_path(cfg, tmp_path, row, "parti_prompts", "pick_score")
+        write_scores(
+            path, frame(row, "parti_prompts", "pick_score"), row, "parti_prompts", "pick_score", spec={"dtype": "bf16"}
+        )
+    with pytest.raises(UserError, match="different scorers"):
+        judge_all(cfg, tmp_path)

@@ -1,0 +1,92 @@
+"""The whole DAG at smoke scale, as a user runs it."""
+
+import json
+
+import pytest
+from conftest import ROOT, run, snakemake
+
+TARGETS = ["all", "hub", "table1", "table2", "table3", "table4", "claims", "figures", "cost"]
+
+
+def test_smoke_makes_every_promised_file(smoke):
+    base = smoke / "results" / "smoke"
+    tables = [f"tables/table1.{kind}" for kind in ("csv", "tex", "md", "diff.md", "diff.json")]
+    figures = [f"figures/{name}.png" for name in ("samples_pickapic_test", "samples_parti_prompts", "curves")]
+    manifests = [f"preference/{model}/{what}.json" for model in ("sdxl", "sdxl_dmd2") for what in ("images", "scores")]
+    for name in [*tables, *figures, *manifests, "claims.md", "claims.json", "cost.md"]:
+        assert (base / name).stat().st_size > 0, name
+
+
+def test_a_run_leaves_its_lora_and_record_and_no_state(smoke):
+    for method in ("pso_offline", "pso_online", "diffusion", "diffusion_grid"):
+        run_folder = smoke / "results/smoke/preference/sdxl_dmd2" / method / "seed0"
+        record = json.loads((run_folder / "run.json").read_text())
+        assert record["steps"] == {"planned": 6, "done": 6}
+        assert record["cost"]["unet_forwards"] > 0 and record["cost"]["peak_rss_gib"] > 0
+        assert {"config", "config_digest", "inputs", "versions", "hardware", "code"} <= set(record)
+        assert all(len(i["sha256"]) == 64 for i in record["inputs"])
+        assert (run_folder / "lora" / "pytorch_lora_weights.safetensors").exists()
+        assert not (run_folder / "state").exists()
+
+
+def test_ties_are_counted_not_lost(smoke):
+    record = json.loads((smoke / "results/smoke/preference/sdxl_dmd2/pso_offline/seed0/run.json").read_text())
+    counts = record["data"]
+    assert counts["pairs"] + sum(counts["dropped"].values()) == 60
+
+
+def test_claims_are_a_list_with_interval_and_verdict(smoke):
+    claims = json.loads((smoke / "results/smoke/claims.json").read_text())
+    assert isinstance(claims, list) and len(claims) >= 9
+    for claim in claims:
+        assert claim["verdict"] in ("holds", "fails", "inconclusive")
+        assert claim["n"] == 12 and claim["interval"][0] <= claim["estimate"] <= claim["interval"][1]
+
+
+def test_missing_rows_stand_with_their_reason(smoke):
+    table = (smoke / "results/smoke/tables/table1.md").read_text()
+    assert table.count("not built yet") >= 9
+    assert "SDXL-MaPO" in table
+
+
+def test_a_second_run_does_nothing(smoke):
+    done = snakemake(cwd=smoke)
+    assert done.returncode == 0
+    assert "Nothing to be done" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target_resolves(target, tmp_path):
+    done = snakemake("-n", target, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_deleted_table_is_made_again_without_training(smoke):
+    (smoke / "results/smoke/tables/table1.md").unlink()
+    done = snakemake("-n", cwd=smoke)
+    output = done.stdout + done.stderr
+    assert "rule table:" in output and "rule tune:" not in output
+    assert snakemake(cwd=smoke).returncode == 0
+
+
+def test_the_workflow_passes_its_linter():
+    done = run("snakemake", "--lint", "--config", "scale=smoke", cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("scale=tiny", ["config.scale is 'tiny'", "miniature"]),
+        ("sclae=smoke", ["config.sclae is not a known key", "did you mean scale?"]),
+        ("seeds=abc", ["config.seeds is 'abc' (text)", "expected a list"]),
+    ],
+)
+def test_wrong_config_is_one_sentence(config, words, tmp_path):
+    snakefile = str(ROOT / "workflow" / "Snakefile")
+    done = run("snakemake", "-s", snakefile, "-d", str(tmp_path), "-n", "--config", config, cwd=tmp_path)
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("config: ")]
+    assert all(word in line for word in words)
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "results").exists()

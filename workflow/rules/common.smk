@@ -1,0 +1,94 @@
+# Look-ups only. Everything about models, methods and tables comes from pso.config, which is torch-free.
+
+from pso.config import job_environment, load
+from pso.entries import UNTUNED
+from pso.paths import LORA_FILE
+from pso.provenance import UserError, fingerprint
+from pso.runs import jobs, metrics, where_results_lie
+
+
+configfile: str(ROOT / "workflow" / "config" / "config.yaml")
+
+
+try:
+    CONFIG = load(dict(config), ROOT / "workflow" / "config")
+except UserError as error:
+    sys.exit(f"config: {error}")
+
+SCALE = CONFIG.scale
+STANDIN = CONFIG.scale_entry.standin
+BASE = f"results/{SCALE}"
+HUB = f"{BASE}/hub"
+
+os.environ.update(job_environment(dict(config)))
+
+
+wildcard_constraints:
+    task="|".join(sorted({t.task for t in CONFIG.table_entries.values()})),
+    model="|".join(CONFIG.models),
+    method="|".join(CONFIG.methods),
+    dataset="|".join(CONFIG.datasets),
+    table="|".join(CONFIG.table_entries),
+    seed=r"\d+",
+
+
+def hub_inputs(*steps):
+    return [f"{HUB}/{step}.json" for step in steps]
+
+
+def model_inputs(model):
+    """The hub's steps that make a model's weights."""
+    return hub_inputs(
+        "teacher", *([] if CONFIG.models[model].unet is None else ["dmd2"])
+    )
+
+
+def tune_inputs(wildcards):
+    method = CONFIG.methods[wildcards.method]
+    found = model_inputs(wildcards.model)
+    if CONFIG.datasets[method.data].format == "preference_parquet":
+        found.append(f"{BASE}/cache/{wildcards.model}/{method.data}.safetensors")
+    else:
+        found += hub_inputs("data")
+    return found + (
+        hub_inputs("clip", "judges")
+        if method.reward or method.tune.probe_reward
+        else []
+    )
+
+
+def image_jobs(wildcards):
+    """Every run whose images a model's process makes."""
+    return [job for job in jobs(CONFIG, wildcards.model) if job.task == wildcards.task]
+
+
+def lora_inputs(wildcards):
+    found = {
+        str(job.lora(SCALE)) for job in image_jobs(wildcards) if job.method != UNTUNED
+    }
+    return sorted(found)
+
+
+def table_models(table):
+    entry = CONFIG.table_entries[table]
+    return sorted(
+        {row.model for row in [*entry.rows, *entry.extra_rows] if row.missing is None}
+    )
+
+
+def table_scores(table):
+    return [
+        f"{BASE}/{CONFIG.table_entries[table].task}/{model}/scores.json"
+        for model in table_models(table)
+    ]
+
+
+def table_outputs(table):
+    """The table, and its diff where the paper has it."""
+    printed = (ROOT / "eval" / "reference" / f"{table}.csv").exists()
+    kinds = ["csv", "tex", "md", *(["diff.md", "diff.json"] if printed else [])]
+    return [f"{BASE}/tables/{table}.{kind}" for kind in kinds]
+
+
+def all_scores():
+    return sorted({path for table in CONFIG.tables for path in table_scores(table)})

@@ -1,0 +1,122 @@
+# The stand-in hub: repositories under their real ids, trained from nothing on the procedural world.
+
+
+rule hub:
+    input:
+        hub_inputs("vae", "clip", "data", "judges", "teacher", "dmd2"),
+
+
+rule hub_vae:
+    output:
+        f"{HUB}/vae.json",
+        f"{HUB}/madebyollin/sdxl-vae-fp16-fix/diffusion_pytorch_model.safetensors",
+    log:
+        f"{BASE}/logs/hub_vae.log",
+    conda:
+        "../../envs/pso-bench.yaml"
+    params:
+        settings=STANDIN.vae.model_dump(),
+        images=STANDIN.num_images,
+        code=fingerprint(
+            "pso.miniature.world", "pso.miniature.vae", "pso.miniature.common"
+        ),
+    shell:
+        "python -m pso.miniature.vae 2>&1 | tee {log}"
+
+
+rule hub_clip:
+    output:
+        f"{HUB}/clip.json",
+        f"{HUB}/openai/clip-vit-large-patch14/model.safetensors",
+        f"{HUB}/laion/CLIP-ViT-H-14-laion2B-s32B-b79K/model.safetensors",
+    log:
+        f"{BASE}/logs/hub_clip.log",
+    conda:
+        "../../envs/pso-bench.yaml"
+    params:
+        settings=STANDIN.clip.model_dump(),
+        images=STANDIN.num_images,
+        code=fingerprint(
+            "pso.miniature.world",
+            "pso.miniature.clip",
+            "pso.miniature.text",
+            "pso.miniature.common",
+        ),
+    shell:
+        "python -m pso.miniature.clip 2>&1 | tee {log}"
+
+
+rule hub_data:
+    output:
+        f"{HUB}/data.json",
+    log:
+        f"{BASE}/logs/hub_data.log",
+    conda:
+        "../../envs/pso-bench.yaml"
+    params:
+        pairs=STANDIN.num_pairs,
+        prompts=STANDIN.num_prompts,
+        code=fingerprint(
+            "pso.miniature.world", "pso.miniature.data", "pso.data", "pso.shards"
+        ),
+    shell:
+        "python -m pso.miniature.data 2>&1 | tee {log}"
+
+
+rule hub_judges:
+    input:
+        hub_inputs("clip"),
+    output:
+        f"{HUB}/judges.json",
+        f"{HUB}/yuvalkirstain/PickScore_v1/model.safetensors",
+        f"{HUB}/christophschuhmann/improved-aesthetic-predictor/sac+logos+ava1-l14-linearMSE.pth",
+    log:
+        f"{BASE}/logs/hub_judges.log",
+    conda:
+        "../../envs/pso-bench.yaml"
+    params:
+        settings=[
+            STANDIN.pick_score.model_dump(),
+            STANDIN.aesthetic.model_dump(),
+            STANDIN.num_pairs,
+        ],
+        code=fingerprint(
+            "pso.miniature.judges", "pso.miniature.data", "pso.miniature.oracle"
+        ),
+    shell:
+        "python -m pso.miniature.judges 2>&1 | tee {log}"
+
+
+rule hub_teacher:
+    input:
+        hub_inputs("vae", "clip"),
+    output:
+        f"{HUB}/teacher.json",
+        f"{HUB}/stabilityai/stable-diffusion-xl-base-1.0/unet/diffusion_pytorch_model.safetensors",
+    log:
+        f"{BASE}/logs/hub_teacher.log",
+    conda:
+        "../../envs/pso-bench.yaml"
+    params:
+        settings=STANDIN.teacher.model_dump(),
+        images=STANDIN.num_images,
+        code=fingerprint("pso.miniature.teacher", "pso.miniature.common"),
+    shell:
+        "python -m pso.miniature.teacher 2>&1 | tee {log}"
+
+
+rule hub_dmd2:
+    input:
+        hub_inputs("teacher"),
+    output:
+        f"{HUB}/dmd2.json",
+        f"{HUB}/tianweiy/DMD2/dmd2_sdxl_4step_unet_fp16.bin",
+    log:
+        f"{BASE}/logs/hub_dmd2.log",
+    conda:
+        "../../envs/pso-bench.yaml"
+    params:
+        settings=STANDIN.dmd2.model_dump(),
+        code=fingerprint("pso.miniature.dmd2", "pso.miniature.teacher", "pso.mdp"),
+    shell:
+        "python -m pso.miniature.dmd2 2>&1 | tee {log}"
