@@ -10,11 +10,23 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
 
+def load_clip(folder: Path) -> CLIPModel:
+    """Every weight from the checkpoint, in float32. transformers would draw a missing one at random."""
+    model, info = CLIPModel.from_pretrained(
+        folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+    )
+    missing = sorted(info["missing_keys"])
+    unknown = sorted(k for k in info["unexpected_keys"] if not k.endswith("position_ids"))  # a buffer of old files
+    if missing or unknown:
+        raise ValueError(f"weights in {folder} lack {missing} and have {unknown} in excess; fetch the checkpoint again")
+    return model
+
+
 class ClipScorer:
     """`transform(image, size)` is one of eval.transforms; the tokenizer may lie in another repository."""
 
     def __init__(self, model: Path, tokenizer: Path, transform: Callable, spec: dict, device):
-        self.model = CLIPModel.from_pretrained(model, local_files_only=True).to(device).eval()
+        self.model = load_clip(model).to(device).eval()
         self.tokenizer = CLIPTokenizer.from_pretrained(tokenizer, local_files_only=True)
         vocabulary = self.model.config.text_config.vocab_size
         if len(self.tokenizer) != vocabulary:  # a missing file loads silently as a tokenizer of two words

@@ -23,11 +23,8 @@ def clip_pil(image: Image.Image, size: int = 224) -> Tensor:
     """OpenAI's and open_clip's: shorter side to `size` by Pillow's bicubic, centre crop, CLIP mean and std."""
     width, height = image.size
     if (width, height) != (size, size):
-        scale = size / min(width, height)
-        image = image.resize(
-            (size if width <= height else int(width * scale), size if height <= width else int(height * scale)),
-            Image.Resampling.BICUBIC,
-        )
+        shorter = min(width, height)
+        image = image.resize((int(size * width / shorter), int(size * height / shorter)), Image.Resampling.BICUBIC)
         left, top = round((image.width - size) / 2), round((image.height - size) / 2)
         image = image.crop((left, top, left + size, top + size))
     return normalise(to_tensor(image))

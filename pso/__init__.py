@@ -1,0 +1,6 @@
+"""PSO-bench's core: samplers, objectives, policy and the tuning loop."""
+
+import os
+
+# transformers announces on import that it does without torchvision, which this project never uses
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

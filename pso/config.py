@@ -10,6 +10,8 @@ import copy
 import difflib
 import importlib
 import json
+import math
+import operator
 import os
 import sys
 from pathlib import Path
@@ -44,6 +46,13 @@ EXPECTED = {  # pydantic's error types -> what was expected, for people
     "finite_number": "a finite number",
     "literal_error": "{expected}",
     "string_pattern_mismatch": "a name in small letters, digits and _",
+}
+
+RANGES = {  # JSON Schema's words -> ours, and when a value is outside
+    "exclusiveMinimum": ("above", operator.le),
+    "minimum": ("of at least", operator.lt),
+    "exclusiveMaximum": ("below", operator.ge),
+    "maximum": ("of at most", operator.gt),
 }
 
 
@@ -134,7 +143,7 @@ def load(overrides: dict | None = None, folder: Path = CONFIG_DIR) -> Config:
     top = merged(_read(folder / "config.yaml"), {k: v for k, v in overrides.items() if k not in entries_of})
     raw = {kind: merged(_read(folder / f"{kind}.yaml"), entries_of.get(kind, {})) for kind in ENTRIES}
     scale = top.get("scale")
-    if scale not in raw["scales"]:
+    if not isinstance(scale, str) or scale not in raw["scales"]:
         raise ConfigError(f"config.scale is {_value(scale)}; expected one of {', '.join(raw['scales'])}.")
     scale_raw = raw["scales"][scale]
     check(ScaleEntry, scale_raw, f"scales.{scale}")
@@ -236,22 +245,33 @@ def check_objective(name: str, method: MethodEntry) -> None:
     for key in method.objective:
         if key not in schema["properties"]:
             raise unknown_key(where, key, sorted(schema["properties"]))
+    for key, value in method.objective.items():
+        if isinstance(value, float) and not math.isfinite(value):  # JSON Schema has no word for it
+            raise ConfigError(f"{where}.{key} is {value}; expected a finite number.")
     error = next(iter(jsonschema.Draft202012Validator(schema).iter_errors(method.objective)), None)
     if error is None:
         return
     if error.validator == "required":
         raise ConfigError(f"{where}.{error.message.split(chr(39))[1]} is missing; it is needed.")
     field = ".".join([where, *map(str, error.path)])
-    kinds = {"number": "a number", "integer": "a whole number", "boolean": "true or false", "null": "null"}
-    options = error.schema.get("enum") or [
-        kinds.get(o.get("type"), str(o.get("type"))) for o in error.schema.get("anyOf", [error.schema])
-    ]
-    expected = " or ".join(map(str, options))
-    if error.validator in ("exclusiveMinimum", "minimum"):
-        expected = (
-            f"a number {'above' if error.validator == 'exclusiveMinimum' else 'of at least'} {error.validator_value}"
-        )
+    options = error.schema.get("anyOf", [error.schema])
+    expected = " or ".join(_described(option, error.instance) for option in options)
     raise ConfigError(f"{field} is {_value(error.instance)}; expected {expected}.")
+
+
+def _described(option: dict, value: Any) -> str:
+    """A JSON Schema of one value in words; the range too where only that is wrong."""
+    if "enum" in option:
+        return " or ".join(map(str, option["enum"]))
+    kinds = {"number": "a number", "integer": "a whole number", "boolean": "true or false", "null": "null"}
+    words = [kinds.get(option.get("type"), str(option.get("type")))]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        words += [
+            f"{word} {option[key]:g}"
+            for key, (word, outside) in RANGES.items()
+            if key in option and outside(value, option[key])
+        ]
+    return " ".join(words)
 
 
 def import_module(dotted: str, field: str):

@@ -6,10 +6,18 @@ Torch-free. `pso.config` reads and checks the files.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt
 
 UNTUNED = "untuned"  # the method of a row in which nothing was trained
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+
+
+def _whole(value: Any) -> Any:
+    """JSON makes text of a mapping's keys, and Snakemake's command line of the numbers in a list."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+WholeNumber = Annotated[int, BeforeValidator(_whole)]
 
 
 class Strict(BaseModel):
@@ -66,7 +74,7 @@ class ModelEntry(Strict):
     unet: HubFile | None = None  # another UNet's state dict on the base's architecture
     vae: str | None = None
     sampler: Literal["renoise", "ancestral", "ddim", "euler"]
-    grids: dict[int, list[int] | Literal["leading", "trailing"]]  # steps -> times, falling
+    grids: dict[WholeNumber, list[int] | Literal["leading", "trailing"]]  # steps -> times, falling
     guidance_scale: Annotated[float, Field(ge=0)]
     resolution: PositiveInt
     lora_rank: PositiveInt | None = None  # None: this model is never tuned
@@ -205,7 +213,7 @@ class Config(Strict):
     """Everything, resolved for one scale."""
 
     scale: Name
-    seeds: list[int]  # training seeds
+    seeds: list[WholeNumber]  # training seeds
     tables: list[Name]
     scale_entry: ScaleEntry
     models: dict[Name, ModelEntry]

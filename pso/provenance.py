@@ -43,10 +43,12 @@ def atomic(path: Path) -> Iterator[Path]:
     When writing fails (a full disk, say) the temporary file goes away and an old `path` stays.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(dir=_made(path.parent), prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    part = Path(name)
+    part = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        os.close(handle)
+        part = Path(name)
         yield part
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
@@ -58,12 +60,8 @@ def atomic(path: Path) -> Iterator[Path]:
             "Make room or make the folder writable, then run the same command again."
         ) from error
     finally:
-        part.unlink(missing_ok=True)
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+        if part is not None:
+            part.unlink(missing_ok=True)
 
 
 def _umask() -> int:
@@ -88,13 +86,13 @@ def digest(content: Any) -> str:
 
 
 def fingerprint(*modules: str) -> str:
-    """Hash of the code of modules given by dotted path: comments and layout do not count.
+    """Hash of the code of modules, or objects in them (`package.module:name`): comments and layout do not count.
 
     A module of the user's that is not in this repository counts by name only.
     """
     trees = []
     for module in modules:
-        path = ROOT / (module.replace(".", "/") + ".py")
+        path = ROOT / (module.partition(":")[0].replace(".", "/") + ".py")
         trees.append((module, ast.dump(ast.parse(path.read_text())) if path.exists() else None))
     return digest(trees)
 
@@ -110,9 +108,11 @@ def _git(*args: str) -> str | None:
 def code_state() -> dict:
     """Commit, and the hash of what differs from it."""
     changes = _git("diff", "HEAD", "--", "*.py", "workflow")
+    new = (_git("ls-files", "--others", "--exclude-standard", "--", "*.py", "workflow") or "").splitlines()
+    added = [(name, sha256_of(ROOT / name)) for name in new]
     return {
         "commit": (_git("rev-parse", "HEAD") or "").strip() or None,
-        "dirty": digest(changes) if changes else None,
+        "dirty": digest([changes, added]) if changes or added else None,
     }
 
 

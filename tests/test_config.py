@@ -175,7 +175,6 @@ def test_a_number_that_yaml_reads_as_text_is_answered_with_the_right_spelling(tm
     assert yaml.safe_load(text.removeprefix(advice).removesuffix(".")) == 1e-5
 
 
-@pytest.mark.xfail(strict=True, reason="defect: the advice for a whole number is 8.0e+00, which is refused in turn")
 def test_the_advice_for_a_whole_number_as_text_is_a_whole_number():
     assert refusal(nested("scales.miniature.eval_batch", "8")).endswith("write 8.")
 
@@ -309,6 +308,5 @@ def test_whatever_stands_in_one_place_is_accepted_or_refused_in_one_line(data):
         assert "\n" not in str(error), error
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="defect: a list as scale is a traceback (unhashable)")
 def test_a_scale_that_is_a_list_is_refused_in_one_line():
     refusal({"scale": ["smoke"]})

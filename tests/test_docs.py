@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from pso.config import ConfigError, load
+from pso.config import load
 from pso.paths import LORA_FILE, images_dir, model_dir, run_dir, scores_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,7 +130,6 @@ def test_every_snakemake_command_has_known_flags_and_rules(snakemake_commands):
         assert set(parsed.targets) <= rules(), f"{name}: snakemake {' '.join(words)}; rules: {sorted(rules())}"
 
 
-@pytest.mark.xfail(strict=True, raises=ConfigError, reason="defect: Snakemake reads seeds=[1] as the text '1'")
 def test_the_settings_of_every_snakemake_command_are_accepted(snakemake_commands):
     from snakemake.cli import parse_config
 
@@ -257,7 +256,12 @@ def test_the_changelog_has_an_entry_for_this_version():
 def test_the_readmes_cost_is_the_measured_one():
     between = re.search(r"<!-- cost:begin -->\n(.*?)<!-- cost:end -->", text_of("README.md"), re.DOTALL)
     assert between, "README.md has no cost markers"
-    assert between[1].strip() == text_of("results/miniature/cost.md").strip()
+    # the committed file: a run of `make` on another machine rewrites the one in the working copy
+    command = ["git", "-C", str(ROOT), "show", "HEAD:results/miniature/cost.md"]
+    committed = subprocess.run(command, capture_output=True, text=True)
+    if committed.returncode:
+        pytest.skip("no commit with results/miniature/cost.md")
+    assert between[1].strip() == committed.stdout.strip()
 
 
 # ---- the lock file ----

@@ -171,6 +171,7 @@ def test_the_empty_prompt_is_no_other_prompt(scorer, pictures):
 
 @pytest.mark.parametrize("lost", [("vocab.json", "merges.txt", "tokenizer.json"), ()], ids=["files gone", "other size"])
 def test_a_tokenizer_of_another_size_is_refused(clip, tmp_path, lost):
+    size = len(CLIPTokenizer.from_pretrained(clip))
     shutil.copytree(clip, tmp_path / "other")
     for name in lost:
         (tmp_path / "other" / name).unlink()
@@ -178,11 +179,10 @@ def test_a_tokenizer_of_another_size_is_refused(clip, tmp_path, lost):
         tokenizer = CLIPTokenizer.from_pretrained(clip)
         tokenizer.add_tokens(["zzz"])
         tokenizer.save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"tokenizer in .*other has (2|595) tokens; expected 594"):
+    with pytest.raises(ValueError, match=rf"tokenizer in .*other has (2|{size + 1}) tokens; expected {size}"):
         pick_score.load({"model": clip, "processor": tmp_path / "other"}, "cpu")
 
 
-@pytest.mark.xfail(strict=True, reason="defect: transformers draws a missing weight at random and goes on")
 def test_a_checkpoint_without_a_weight_is_refused(clip, tmp_path):
     shutil.copytree(clip, tmp_path / "other")
     weights = load_file(clip / "model.safetensors")
@@ -192,7 +192,6 @@ def test_a_checkpoint_without_a_weight_is_refused(clip, tmp_path):
         pick_score.load({"model": tmp_path / "other", "processor": clip}, "cpu")
 
 
-@pytest.mark.xfail(strict=True, reason="defect: a checkpoint in half precision runs in it, spec says float32")
 def test_a_checkpoint_in_half_precision_is_scored_in_float32(clip, tmp_path):
     CLIPModel.from_pretrained(clip).half().save_pretrained(tmp_path / "half")
     scorer = pick_score.load({"model": tmp_path / "half", "processor": clip}, "cpu")
@@ -260,7 +259,6 @@ def test_clip_pil_rounds_the_crop_as_torchvision_does_and_transformers_floors_it
     assert torch.equal(other, normalise(to_tensor(Image.fromarray(np.asarray(image)[:, 1 : 1 + 224]))))
 
 
-@pytest.mark.xfail(strict=True, reason="defect: int(142 * (224 / 71)) is 447, torchvision's int(224 * 142 / 71) is 448")
 def test_clip_pil_resizes_to_the_official_width():
     image = noise(142, 71)
     assert torch.equal(clip_pil(image), CLIPImageProcessorPil()(images=image, return_tensors="pt")["pixel_values"][0])

@@ -129,7 +129,6 @@ def test_a_written_file_has_the_rights_that_the_umask_leaves(tmp_path, mask):
     assert stat.S_IMODE((tmp_path / "x.json").stat().st_mode) == 0o666 & ~mask
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason="defect: making folder and .part stands outside the try")
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="could not write"):
@@ -257,7 +256,6 @@ def test_a_module_from_elsewhere_counts_by_its_name(module):
     assert fingerprint("elsewhere.one") == fingerprint("elsewhere.one") != fingerprint("elsewhere.two")
 
 
-@pytest.mark.xfail(strict=True, reason="defect: module:object is looked up as a file module:object.py")
 def test_a_fingerprint_of_an_object_sees_its_modules_code(module):
     assert module(CODE, "pkg.mod:f") != module("def f(x):\n    return 0\n", "pkg.mod:f")
 
@@ -286,7 +284,6 @@ def test_the_state_of_the_code_is_its_commit_and_what_differs(repository):
     assert changed["commit"] == commit and re.fullmatch("[0-9a-f]{16}", changed["dirty"])
 
 
-@pytest.mark.xfail(strict=True, reason="defect: git diff HEAD does not show files that git does not know yet")
 def test_a_new_module_makes_the_state_dirty(repository):
     (repository / "b.py").write_text("A = 1\n")
     assert code_state()["dirty"] is not None

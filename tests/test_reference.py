@@ -68,7 +68,7 @@ def test_doubtful_cells_have_a_note(reference):
 
 def test_tables_yaml_has_the_rows_as_printed(reference):
     entries = load().table_entries
-    assert set(entries) == set(CELLS)
+    assert set(CELLS) <= set(entries)
     for table, cells in reference.groupby("table"):
         entry = entries[table]
         assert list(cells["eval_set"].unique()) == entry.eval_sets

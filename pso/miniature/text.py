@@ -5,6 +5,7 @@ CLIP's text model finds the end of the text there.
 """
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 from transformers import CLIPTokenizer
@@ -22,16 +23,27 @@ def _byte_symbols() -> list[str]:
     return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
 
 
+def _pieces(word: str, merges: dict[tuple[str, str], int]) -> list[str]:
+    """A word as byte-pair encoding cuts it: the earliest merge first, everywhere in the word. </w> ends it."""
+    pieces = [*word[:-1], word[-1] + "</w>"]
+    while found := [pair for pair in pairwise(pieces) if pair in merges]:
+        first, joined = min(found, key=merges.__getitem__), []
+        for piece in pieces:
+            if joined and (joined[-1], piece) == first:
+                joined[-1] += piece
+            else:
+                joined.append(piece)
+        pieces = joined
+    return pieces
+
+
 def _merges(words: list[str]) -> list[tuple[str, str]]:
-    """Merges that build each word from the left; the last letter carries </w>."""
-    found: dict[tuple[str, str], None] = {}
+    """Merges that make one token of each word. A later merge cannot undo it: the earlier one goes first."""
+    merges: dict[tuple[str, str], int] = {}
     for word in words:
-        letters = [*word[:-1], word[-1] + "</w>"]
-        whole = letters[0]
-        for letter in letters[1:]:
-            found[whole, letter] = None
-            whole += letter
-    return list(found)
+        while len(pieces := _pieces(word, merges)) > 1:
+            merges[pieces[0], pieces[1]] = len(merges)
+    return list(merges)
 
 
 def write_tokenizer(folder: Path, pad: str = EOS) -> CLIPTokenizer:
