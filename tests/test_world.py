@@ -30,7 +30,7 @@ def test_splits_are_disjoint_and_complete():
     parts = [world.split(name) for name in world.SPLITS]
     together = [a for part in parts for a in part]
     assert len(together) == len(set(together)) == len(world.ALL_ATTRIBUTES) == 3 * 36
-    assert {len(part) for part in parts} == {36}
+    assert [len(part) for part in parts] == [36, 24, 24, 24]
     assert set(together) == set(world.ALL_ATTRIBUTES)
 
 
@@ -39,11 +39,11 @@ def test_splits_are_disjoint_and_complete():
 def test_a_split_shows_every_value_equally_often(name, field):
     counts = Counter(getattr(a, field) for a in world.split(name))
     assert set(counts) == set(data.OPTIONS[field])
-    assert max(counts.values()) - min(counts.values()) <= (0 if 36 % len(counts) == 0 else 1)
+    assert len(set(counts.values())) == 1
 
 
 def test_an_unknown_split_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"^split is 'tset'; expected one of training, validation, test$"):
+    with pytest.raises(ValueError, match=rf"^split is 'tset'; expected one of {', '.join(world.SPLITS)}$"):
         world.split("tset")
 
 
@@ -304,6 +304,16 @@ def test_a_row_has_the_columns_of_pick_a_pic(drawn):
     names = {"caption", "jpg_0", "jpg_1", "label_0", "label_1", "ranking_id"}
     assert all(set(r) == names for r in rows)
     assert [r["ranking_id"] for r in rows] == list(range(len(rows)))
+
+
+@pytest.mark.parametrize("name", world.SPLITS[1:])
+def test_a_test_asks_for_each_picture_once(name):
+    asked = [world.OF_CAPTION[p.text] for p in data.captions(name, 24)]
+    assert len(set(asked)) == len(asked) == 24 and set(asked) == set(world.split(name))
+
+
+def test_training_prompts_have_every_wording():
+    assert len({p.text for p in data.captions("training", 144)}) == 144
 
 
 def test_captions_of_pairs_are_of_the_training_split(drawn):

@@ -64,25 +64,25 @@ def pairs(num_pairs: int, seed: int) -> Iterator[dict]:
         }
 
 
-def captions(split: str, templates: list[int], count: int) -> list[Prompt]:
-    """`count` different captions of a split, spread over its attributes."""
-    attributes = world.split(split)
-    every = [a.caption(t) for t in templates for a in attributes]
-    chosen = [every[i * len(every) // count] for i in range(min(count, len(every)))]
-    return prompts_of(chosen)
+def captions(split: str, count: int) -> list[Prompt]:
+    """`count` captions of a split, spread over its attributes; each picture is asked for in one wording only.
+
+    For training prompts all wordings count; two wordings of one picture are no two independent prompts of a test.
+    """
+    attributes, templates = world.split(split), range(len(world.TEMPLATES))
+    if split == "training":
+        every = [a.caption(t) for t in templates for a in attributes]
+    else:
+        every = [a.caption(templates[i % len(templates)]) for i, a in enumerate(attributes)]
+    return prompts_of([every[i * len(every) // count] for i in range(min(count, len(every)))])
 
 
 def make(config: Config, hub: Hub) -> dict:
     standin = config.scale_entry.standin
     write_pair_shards(hub.root / PICKAPIC_PAIRS, pairs(standin.num_pairs, standin.seed + 30), num_shards=2)
     counts = standin.num_prompts
-    everything = list(range(len(world.TEMPLATES)))
-    sets = {
-        "training_prompts": captions("training", everything, counts["training_prompts"]),
-        "pickapic_validation": captions("validation", everything, counts["pickapic_validation"]),
-        "pickapic_test": captions("test", [0, 1], counts["pickapic_test"]),
-        "parti_prompts": captions("test", [2, 3], counts["parti_prompts"]),
-    }
+    splits = {"training_prompts": "training", "pickapic_validation": "validation"}
+    sets = {name: captions(splits.get(name, name), count) for name, count in counts.items()}
     for split in ("test", "validation"):
         path = hub.root / PICKAPIC_PROMPTS / "data" / f"{split}_unique-00000-of-00001.parquet"
         write_caption_parquet(path, sets[f"pickapic_{split}"])

@@ -48,19 +48,24 @@ class Attributes:
 
 
 ALL_ATTRIBUTES = tuple(Attributes(s, c, b, p) for s in SHAPES for c in COLOURS for b in BACKGROUNDS for p in POSITIONS)
-# Three balanced thirds of the attributes, so that no prompt is used for two purposes.
-SPLITS = ("training", "validation", "test")
+# Balanced groups of attributes, so that no picture is asked for in two of them.
+SPLITS = ("training", "validation", "pickapic_test", "parti_prompts")
+
+
+def _group(attributes: Attributes) -> str:
+    """A third of all is for training; the rest is shared out by background and position."""
+    tables = (SHAPES, tuple(COLOURS), tuple(BACKGROUNDS), tuple(POSITIONS))
+    *first, background, position = (t.index(v) for t, v in zip(tables, vars(attributes).values(), strict=True))
+    if (sum(first) + background + position) % 3 == 0:
+        return SPLITS[0]
+    return SPLITS[1 + (background + 2 * position) % 3]
 
 
 def split(name: str) -> list[Attributes]:
     """The attributes of one split: every shape, colour, background and position equally often."""
     if name not in SPLITS:
         raise ValueError(f"split is {name!r}; expected one of {', '.join(SPLITS)}")
-    tables = (SHAPES, tuple(COLOURS), tuple(BACKGROUNDS), tuple(POSITIONS))
-    third = SPLITS.index(name)
-    return [
-        a for a in ALL_ATTRIBUTES if sum(t.index(v) for t, v in zip(tables, vars(a).values(), strict=True)) % 3 == third
-    ]
+    return [a for a in ALL_ATTRIBUTES if _group(a) == name]
 
 
 OF_CAPTION = {a.caption(t): a for a in ALL_ATTRIBUTES for t in range(len(TEMPLATES))}

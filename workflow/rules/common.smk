@@ -19,6 +19,11 @@ SCALE = CONFIG.scale
 STANDIN = CONFIG.scale_entry.standin
 BASE = f"results/{SCALE}"
 HUB = f"{BASE}/hub"
+HUB_STEPS = ("vae", "clip", "data", "judges", "teacher", "dmd2")
+FIGURES = [
+    f"{BASE}/figures/samples_{name}.png"
+    for name in CONFIG.table_entries["table1"].eval_sets
+] + [f"{BASE}/figures/curves.png"]
 
 os.environ.update(job_environment(dict(config)))
 
@@ -30,6 +35,49 @@ wildcard_constraints:
     dataset="|".join(CONFIG.datasets),
     table="|".join(CONFIG.table_entries),
     seed=r"\d+",
+
+
+# ---- params: everything that decides a result, and nothing that does not
+
+
+def hub_settings(*names):
+    return STANDIN.model_dump(include={"seed", *names})
+
+
+def model_settings(model, steps=None):
+    """A model as it is sampled; with `steps`, only on that grid."""
+    found = CONFIG.models[model].model_dump(exclude={"title"})
+    if steps is not None:
+        found["grids"] = {steps: found["grids"][steps]}
+    return found
+
+
+def method_settings(method):
+    entry = CONFIG.methods[method]
+    found = entry.model_dump(exclude={"title": True, "tune": {"checkpoint_every"}})
+    return {**found, "data": CONFIG.datasets[entry.data].model_dump()}
+
+
+def rewards(method):
+    """Metrics that a run computes, trained on or not."""
+    entry = CONFIG.methods[method]
+    return sorted({entry.reward, entry.tune.probe_reward} - {None})
+
+
+def scorer_settings(metric):
+    """What decides a score; how it is printed does not."""
+    return CONFIG.metrics[metric].model_dump(include={"module", "checkpoint", "head"})
+
+
+# what tables, claims and figures read beside scores; they cost seconds, so any change makes them anew
+VIEWED = {
+    **dict.fromkeys(("seeds", "tables", "table_entries", "metrics", "methods"), True),
+    "scale_entry": {"caption", "bootstrap_resamples", "eval_seed"},
+}
+VIEW = CONFIG.model_dump(include=VIEWED)
+
+
+# ---- inputs
 
 
 def hub_inputs(*steps):
@@ -50,11 +98,7 @@ def tune_inputs(wildcards):
         found.append(f"{BASE}/cache/{wildcards.model}/{method.data}.safetensors")
     else:
         found += hub_inputs("data")
-    return found + (
-        hub_inputs("clip", "judges")
-        if method.reward or method.tune.probe_reward
-        else []
-    )
+    return found + (hub_inputs("clip", "judges") if rewards(wildcards.method) else [])
 
 
 def image_jobs(wildcards):
@@ -83,7 +127,7 @@ def table_scores(table):
     ]
 
 
-def table_outputs(table):
+def table_files(table):
     """The table, and its diff where the paper has it."""
     printed = (ROOT / "eval" / "reference" / f"{table}.csv").exists()
     kinds = ["csv", "tex", "md", *(["diff.md", "diff.json"] if printed else [])]
@@ -92,3 +136,18 @@ def table_outputs(table):
 
 def all_scores():
     return sorted({path for table in CONFIG.tables for path in table_scores(table)})
+
+
+def target(*files, tables=CONFIG.tables):
+    """Files, and the scores behind them: a fresh clone holds the files already, and Snakemake would be content."""
+
+    def wanted(wildcards):
+        for table in tables:
+            if table not in CONFIG.tables:
+                raise WorkflowError(
+                    f"table {table} is not in config.tables; add --config tables=[{table}]."
+                )
+        scores = {path for table in tables for path in table_scores(table)}
+        return [*files, *sorted(scores)]
+
+    return wanted

@@ -13,7 +13,8 @@ rule latents:
     conda:
         "../../envs/pso-bench.yaml"
     params:
+        model=lambda w: model_settings(w.model),
         dataset=lambda w: CONFIG.datasets[w.dataset].model_dump(),
-        code=fingerprint("pso.caches", "pso.data", "pso.shards"),
+        code=fingerprint("pso.caches"),
     shell:
         "python -m pso.caches --model {wildcards.model} --dataset {wildcards.dataset} 2>&1 | tee {log}"

@@ -17,15 +17,13 @@ rule generate:
         gpu=1,
     params:
         rows=lambda w: [str(job.images(SCALE)) for job in image_jobs(w)],
-        model=lambda w: CONFIG.models[w.model].model_dump(),
-        eval=[
-            CONFIG.scale_entry.eval_seed,
-            CONFIG.scale_entry.eval_batch,
-            CONFIG.scale_entry.dtype,
-        ],
-        code=fingerprint(
-            "pso.mdp", "pso.policy", "pso.rollout", "pso.models", "eval.generate"
-        ),
+        model=lambda w: model_settings(w.model),
+        eval_sets=lambda w: {
+            name: CONFIG.datasets[name].model_dump()
+            for name in sorted({job.eval_set for job in image_jobs(w)})
+        },
+        eval=CONFIG.scale_entry.model_dump(include={"eval_seed", "eval_batch", "dtype"}),
+        code=fingerprint("eval.generate"),
     shell:
         "python -m eval.generate --model {wildcards.model} 2>&1 | tee {log}"
 
@@ -43,12 +41,9 @@ rule score:
     resources:
         gpu=1,
     params:
-        metrics={name: CONFIG.metrics[name].model_dump() for name in metrics(CONFIG)},
+        metrics={name: scorer_settings(name) for name in metrics(CONFIG)},
         code=fingerprint(
-            "eval.score",
-            "eval.transforms",
-            "eval.clip_model",
-            *(CONFIG.metrics[m].module for m in metrics(CONFIG)),
+            "eval.score", *(CONFIG.metrics[m].module for m in metrics(CONFIG))
         ),
     shell:
         "python -m eval.score --model {wildcards.model} 2>&1 | tee {log}"

@@ -3,7 +3,7 @@
 
 rule hub:
     input:
-        hub_inputs("vae", "clip", "data", "judges", "teacher", "dmd2"),
+        hub_inputs(*HUB_STEPS),
 
 
 rule hub_vae:
@@ -15,11 +15,8 @@ rule hub_vae:
     conda:
         "../../envs/pso-bench.yaml"
     params:
-        settings=STANDIN.vae.model_dump(),
-        images=STANDIN.num_images,
-        code=fingerprint(
-            "pso.miniature.world", "pso.miniature.vae", "pso.miniature.common"
-        ),
+        settings=hub_settings("vae", "num_images"),
+        code=fingerprint("pso.miniature.vae"),
     shell:
         "python -m pso.miniature.vae 2>&1 | tee {log}"
 
@@ -34,14 +31,8 @@ rule hub_clip:
     conda:
         "../../envs/pso-bench.yaml"
     params:
-        settings=STANDIN.clip.model_dump(),
-        images=STANDIN.num_images,
-        code=fingerprint(
-            "pso.miniature.world",
-            "pso.miniature.clip",
-            "pso.miniature.text",
-            "pso.miniature.common",
-        ),
+        settings=hub_settings("clip", "num_images"),
+        code=fingerprint("pso.miniature.clip"),
     shell:
         "python -m pso.miniature.clip 2>&1 | tee {log}"
 
@@ -54,11 +45,8 @@ rule hub_data:
     conda:
         "../../envs/pso-bench.yaml"
     params:
-        pairs=STANDIN.num_pairs,
-        prompts=STANDIN.num_prompts,
-        code=fingerprint(
-            "pso.miniature.world", "pso.miniature.data", "pso.data", "pso.shards"
-        ),
+        settings=hub_settings("num_pairs", "num_prompts"),
+        code=fingerprint("pso.miniature.data"),
     shell:
         "python -m pso.miniature.data 2>&1 | tee {log}"
 
@@ -75,14 +63,8 @@ rule hub_judges:
     conda:
         "../../envs/pso-bench.yaml"
     params:
-        settings=[
-            STANDIN.pick_score.model_dump(),
-            STANDIN.aesthetic.model_dump(),
-            STANDIN.num_pairs,
-        ],
-        code=fingerprint(
-            "pso.miniature.judges", "pso.miniature.data", "pso.miniature.oracle"
-        ),
+        settings=hub_settings("pick_score", "aesthetic", "num_pairs", "num_images"),
+        code=fingerprint("pso.miniature.judges"),
     shell:
         "python -m pso.miniature.judges 2>&1 | tee {log}"
 
@@ -98,9 +80,8 @@ rule hub_teacher:
     conda:
         "../../envs/pso-bench.yaml"
     params:
-        settings=STANDIN.teacher.model_dump(),
-        images=STANDIN.num_images,
-        code=fingerprint("pso.miniature.teacher", "pso.miniature.common"),
+        settings=hub_settings("teacher", "num_images"),
+        code=fingerprint("pso.miniature.teacher"),
     shell:
         "python -m pso.miniature.teacher 2>&1 | tee {log}"
 
@@ -116,7 +97,7 @@ rule hub_dmd2:
     conda:
         "../../envs/pso-bench.yaml"
     params:
-        settings=STANDIN.dmd2.model_dump(),
-        code=fingerprint("pso.miniature.dmd2", "pso.miniature.teacher", "pso.mdp"),
+        settings=hub_settings("dmd2", "num_images"),
+        code=fingerprint("pso.miniature.dmd2"),
     shell:
         "python -m pso.miniature.dmd2 2>&1 | tee {log}"

@@ -11,8 +11,8 @@ rule table:
     conda:
         "../../envs/pso-bench.yaml"
     params:
-        entry=lambda w: CONFIG.table_entries[w.table].model_dump(),
-        code=fingerprint("eval.tables", "eval.stats", "eval.scores"),
+        view=VIEW,
+        code=fingerprint("eval.tables"),
     shell:
         "python -m eval.tables --table {wildcards.table} 2>&1 | tee {log}"
 
@@ -28,13 +28,13 @@ rule diff:
     conda:
         "../../envs/pso-bench.yaml"
     params:
-        entry=lambda w: CONFIG.table_entries[w.table].model_dump(),
-        code=fingerprint("eval.compare", "eval.stats", "eval.scores"),
+        view=VIEW,
+        code=fingerprint("eval.compare"),
     shell:
         "python -m eval.compare --table {wildcards.table} 2>&1 | tee {log}"
 
 
-rule claims:
+rule judge:
     input:
         all_scores(),
     output:
@@ -44,35 +44,33 @@ rule claims:
     conda:
         "../../envs/pso-bench.yaml"
     params:
+        view=VIEW,
         claims={name: claim.model_dump() for name, claim in CONFIG.claims.items()},
-        code=fingerprint("eval.claims", "eval.stats", "eval.scores"),
+        code=fingerprint("eval.claims"),
     shell:
         "python -m eval.claims 2>&1 | tee {log}"
 
 
-rule figures:
+rule draw:
     input:
         all_scores(),
     output:
-        [
-            f"{BASE}/figures/samples_{name}.png"
-            for name in CONFIG.table_entries["table1"].eval_sets
-        ],
-        f"{BASE}/figures/curves.png",
+        FIGURES,
     log:
         f"{BASE}/logs/figures.log",
     conda:
         "../../envs/pso-bench.yaml"
     params:
+        view=VIEW,
         code=fingerprint("eval.figures"),
     shell:
         "python -m eval.figures 2>&1 | tee {log}"
 
 
-rule cost:
+rule sum_up:
     input:
         all_scores(),
-        hub_inputs("vae", "clip", "data", "judges", "teacher", "dmd2"),
+        hub_inputs(*HUB_STEPS),
     output:
         f"{BASE}/cost.md",
     log:
@@ -80,6 +78,7 @@ rule cost:
     conda:
         "../../envs/pso-bench.yaml"
     params:
+        view=VIEW,
         code=fingerprint("eval.cost"),
     shell:
         "python -m eval.cost 2>&1 | tee {log}"

@@ -15,10 +15,14 @@ rule tune:
     resources:
         gpu=1,
     params:
-        method=lambda w: CONFIG.methods[w.method].model_dump(),
-        model=lambda w: CONFIG.models[w.model].model_dump(),
+        method=lambda w: method_settings(w.method),
+        model=lambda w: model_settings(w.model, CONFIG.models[w.model].tuned_steps),
+        rewards=lambda w: {m: scorer_settings(m) for m in rewards(w.method)},
+        dtype=CONFIG.scale_entry.dtype,
         code=lambda w: fingerprint(
-            CONFIG.methods[w.method].module, "pso.mdp", "pso.evidence", "pso.sources"
+            "pso.tune",
+            CONFIG.methods[w.method].module,
+            *(CONFIG.metrics[m].module for m in rewards(w.method)),
         ),
     shell:
         "python -m pso.tune --task {wildcards.task} --model {wildcards.model}"
