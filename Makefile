@@ -7,7 +7,7 @@ EXPORT := --quiet --frozen --no-hashes --no-emit-project --all-groups --no-annot
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export OMP_NUM_THREADS := 1
 
-.PHONY: all test lint lock clean-env
+.PHONY: all test lint readme lock clean-env
 all: $(VENV)/ready
 	snakemake --cores $(CORES) --rerun-incomplete
 	@python -m pso.runs
@@ -20,6 +20,10 @@ lint: $(VENV)/ready
 	ruff format --check .
 	snakefmt --check workflow
 	snakemake --lint
+
+# the README's numbers, from results/miniature
+readme: $(VENV)/ready
+	python -m eval.readme
 
 # torch first and by its public version: the same line takes the CPU or the CUDA build of the machine
 $(VENV)/ready: requirements.lock pyproject.toml

@@ -39,12 +39,12 @@ Training seeds are averaged; the interval does not cover their spread.
 
 | relation | estimate | bound | holds | fails |
 |---|---|---|---|---|
-| above | left - right | 0 | interval above 0 and Holm's p < 0.05 | interval below 0 |
-| below | left - right | 0 | interval below 0 and Holm's p < 0.05 | interval above 0 |
-| not_below | left - right | -margin | interval not below -margin | whole interval below -margin |
-| at_least_share | left / right | share | interval not below share | whole interval below share |
+| above | left - right | 0 | interval above the bound | interval below the bound |
+| below | left - right | 0 | interval below the bound | interval above the bound |
+| not_below | left - right | -margin | interval above the bound | interval below the bound |
+| at_least_share | left / right | share | interval above the bound | interval below the bound |
 
-Otherwise a claim is inconclusive."""
+Both also need Holm's p < 0.05; otherwise a claim is inconclusive."""
 
 
 def judge(claim: ClaimEntry, estimate: Estimate, p_holm: float, bound: float) -> str:
@@ -52,9 +52,17 @@ def judge(claim: ClaimEntry, estimate: Estimate, p_holm: float, bound: float) ->
     low, high = estimate.low, estimate.high
     if claim.relation == "below":
         low, high, bound = -high, -low, -bound
-    is_difference = claim.relation in ("above", "below")
-    holds = (low > bound and p_holm < ALPHA) if is_difference else low >= bound
-    return HOLDS if holds else FAILS if high < bound else INCONCLUSIVE
+    if p_holm >= ALPHA or low <= bound <= high:
+        return INCONCLUSIVE
+    return HOLDS if low > bound else FAILS
+
+
+def remark(claim: ClaimEntry, estimate: Estimate, verdict: str) -> str | None:
+    """What the verdict on a tolerated loss does not say: whether there is a loss."""
+    even = {"not_below": 0.0, "at_least_share": 1.0}.get(claim.relation)
+    if even is None or estimate.high >= even:
+        return None
+    return {HOLDS: "a loss, but a tolerated one", FAILS: "a loss"}.get(verdict, "a loss; tolerated or not is open")
 
 
 def why_missing(config: Config, claim: ClaimEntry) -> str | None:
@@ -143,12 +151,14 @@ def judge_all(config: Config, results: Path) -> list[dict]:
     adjusted = holm([1.0 if estimate is None else estimate.p_value for estimate in estimates])
     for entry, estimate, p_holm in zip(found, estimates, adjusted, strict=True):
         entry |= {"n": 0, "prompts": 0, "estimate": None, "interval": None, "p_value": None, "p_value_holm": None}
-        entry["verdict"] = INCONCLUSIVE
+        entry |= {"verdict": INCONCLUSIVE, "remark": None}
         if estimate is not None:
             entry |= {"n": estimate.n_images, "prompts": estimate.n_prompts}
             entry |= {"estimate": estimate.value, "interval": [estimate.low, estimate.high]}
             entry |= {"p_value": estimate.p_value, "p_value_holm": float(p_holm)}
-            entry["verdict"] = judge(config.claims[entry["id"]], estimate, float(p_holm), entry["bound"])
+            claim = config.claims[entry["id"]]
+            entry["verdict"] = judge(claim, estimate, float(p_holm), entry["bound"])
+            entry["remark"] = remark(claim, estimate, entry["verdict"])
     return found
 
 
@@ -184,7 +194,8 @@ def _number(config: Config, entry: dict, value: float) -> str:
 
 
 def _line(config: Config, entry: dict) -> dict:
-    line = {"claim": entry["text"], "verdict": f"**{entry['verdict']}**", "n": entry["n"] or ""}
+    verdict = f"**{entry['verdict']}**" + (f" ({entry['remark']})" if entry["remark"] else "")
+    line = {"claim": entry["text"], "verdict": verdict, "n": entry["n"] or ""}
     if entry["estimate"] is None:
         return line | dict.fromkeys(("estimate", "95 % interval", "bound", "p", "Holm's p", "left wins"), "")
     ends = [_number(config, entry, end) for end in entry["interval"]]

@@ -12,21 +12,25 @@ from pathlib import Path
 import pandas as pd
 
 from pso.config import add_arguments, from_arguments
-from pso.entries import Config
-from pso.paths import RESULTS, scale_dir
+from pso.entries import UNTUNED, Config
+from pso.paths import RESULTS, model_dir, scale_dir
 from pso.provenance import UserError, atomic, sentences
+from pso.runs import jobs
 
 COLUMNS = {"wall_s": "wall s", "cpu_s": "CPU s", "peak_rss_gib": "peak RSS GiB", "unet_forwards": "UNet forwards"}
-RECORDS = ("hub/*.json", "cache/*/*.json", "*/*/*/seed*/run.json", "*/*/images.json", "*/*/scores.json")
 
 
-def records(root: Path) -> list[dict]:
-    """Every record below results/{scale}, in the order of the DAG."""
-    paths = [path for pattern in RECORDS for path in sorted(root.glob(pattern))]
-    if not paths:
-        raise UserError(f"{root} holds no record of a job yet; run `snakemake --cores 2` first.")
+def records(config: Config, results: Path) -> list[dict]:
+    """The record of every job behind the tables asked for, in the order of the DAG."""
+    root, wanted = scale_dir(config.scale, results), jobs(config)
+    runs = [job.folder(config.scale, results) / "run.json" for job in wanted if job.method != UNTUNED]
+    models = [model_dir(config.scale, job.task, job.model, results) for job in wanted]
+    paths = [*sorted(root.glob("hub/*.json")), *sorted(root.glob("cache/*/*.json")), *runs]
+    paths += [folder / f"{what}.json" for what in ("images", "scores") for folder in models]
     found = []
-    for path in paths:
+    for path in dict.fromkeys(paths):
+        if not path.exists():
+            raise UserError(f"{path} is not there; run `snakemake --cores 2` first.")
         content = json.loads(path.read_text())
         name = str(path.relative_to(root).with_suffix(""))
         found.append({"job": name, **content["cost"], "threads": content["hardware"].get("threads")})
@@ -34,7 +38,7 @@ def records(root: Path) -> list[dict]:
 
 
 def table(config: Config, results: Path) -> str:
-    frame = pd.DataFrame(records(scale_dir(config.scale, results))).reindex(columns=["job", *COLUMNS])
+    frame = pd.DataFrame(records(config, results)).reindex(columns=["job", *COLUMNS])
     total = {"job": "**sum** (peak: largest)", "peak_rss_gib": frame["peak_rss_gib"].max()}
     total |= {name: frame[name].sum() for name in ("wall_s", "cpu_s", "unet_forwards")}
     frame = pd.concat([frame, pd.DataFrame([total])], ignore_index=True).rename(columns=COLUMNS)

@@ -39,7 +39,6 @@ from pso.runs import Job, jobs
 log = logging.getLogger("generate")
 METADATA_KEY = b"pso_bench"
 SHARD_BLOCKS = 8
-CODE = ("pso.mdp", "pso.policy", "pso.rollout", "pso.models", "eval.generate")
 SCHEMA = pa.schema(
     [
         ("image_id", pa.string()),
@@ -140,7 +139,7 @@ class Generator:
             "settings": digest(self.entry.model_dump()),
             "weights": digest(self.inputs),
             "lora": None if lora is None else sha256_of(lora),
-            "code": fingerprint(*CODE),
+            "code": fingerprint("eval.generate"),
             "batch": self.config.scale_entry.eval_batch,
             "dtype": self.config.scale_entry.dtype,
             "images": digest([asdict(w) for block in shard for w in block]),

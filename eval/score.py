@@ -81,6 +81,30 @@ def write_scores(path: Path, frame: pd.DataFrame, scores: torch.Tensor, about: d
         pq.write_table(table.replace_schema_metadata({METADATA_KEY: json.dumps(about)}), part)
 
 
+def is_current(path: Path, about: dict) -> bool:
+    """Whether a file is there, whole, and of this scorer and these images."""
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (OSError, pa.ArrowInvalid):
+        return False
+    return json.loads(metadata.get(METADATA_KEY, b"{}")) == json.loads(json.dumps(about))
+
+
+def score_job(config: Config, job: Job, listed: list[dict], scorers: dict, results: Path, again: str) -> tuple:
+    """Score one run on one eval set where that was not done yet; (images, scores made)."""
+    frame = read_shards(listed, scale_dir(config.scale, results), again)
+    images = [shard["sha256"] for shard in listed]
+    made = 0
+    for name, scorer in scorers.items():
+        about = {**asdict(job), "metric": name, "spec": scorer.spec, "images": images}
+        about |= {"num_images": len(frame), "dropped": {}}
+        path = job.scores(config.scale, name, results)
+        if not is_current(path, about):
+            write_scores(path, frame, score_images(scorer, frame), about)
+            made += len(frame)
+    return len(frame), made
+
+
 def score(config: Config, model: str, results: Path) -> None:
     meter, hub = Meter(), Hub(hub_dir(config.scale, results))
     again = f'`python -m eval.generate --model {model} --set \'{{"scale": "{config.scale}"}}\'`'
@@ -88,19 +112,17 @@ def score(config: Config, model: str, results: Path) -> None:
     if not todo:
         raise ConfigError(f"--model is {model!r}, but no row of {', '.join(config.tables)} shows it.")
     scorers = {name: load_metric(name, config.metrics[name], hub, _device()) for name in metrics(config)}
-    began, count = time.monotonic(), 0
+    began, count, scored = time.monotonic(), 0, 0
     for task in sorted({job.task for job in todo}):
         folder = model_dir(config.scale, task, model, results)
         manifest = _manifest(folder / "images.json", again)
         for job in (j for j in todo if j.task == task):
-            frame = read_shards(_listed(manifest, job, folder, again), scale_dir(config.scale, results), again)
-            for name, scorer in scorers.items():
-                about = {**asdict(job), "metric": name, "spec": scorer.spec, "num_images": len(frame), "dropped": {}}
-                write_scores(job.scores(config.scale, name, results), frame, score_images(scorer, frame), about)
-            count += len(frame)
-            log.info("%s %s seed%d: %d images x %d metrics  (%.0f s)", job.method, job.eval_set, job.seed, len(frame),
+            listed = _listed(manifest, job, folder, again)
+            images, made = score_job(config, job, listed, scorers, results, again)
+            count, scored = count + images, scored + made
+            log.info("%s %s seed%d: %d images x %d metrics  (%.0f s)", job.method, job.eval_set, job.seed, images,
                      len(scorers), time.monotonic() - began)  # fmt: skip
-        meter.counts = {"images": count, "metrics": len(scorers)}
+        meter.counts = {"images": count, "metrics": len(scorers), "scores_made": scored}
         settings = {"scale": config.scale, "metrics": {n: config.metrics[n].model_dump() for n in scorers}}
         specs = {name: scorer.spec for name, scorer in scorers.items()}
         write_json(folder / "scores.json", record("score", settings, hub.inputs(), meter, specs=specs))

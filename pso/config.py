@@ -2,16 +2,14 @@
 
 Torch-free, so that `snakemake -n` starts in seconds. `python -m pso.config` checks the folder;
 `--write-schemas` writes workflow/schemas/ from pso/entries.py and the methods' own Config classes.
+What entries must have in common is in pso/checks.py.
 """
 
 import argparse
 import contextlib
 import copy
-import difflib
 import importlib
 import json
-import math
-import operator
 import os
 import sys
 from pathlib import Path
@@ -20,17 +18,12 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pso.entries import ENTRIES, TOP_LEVEL, UNTUNED, ClaimEntry, Config, MethodEntry, ScaleEntry, TableEntry
+from pso.checks import ROOT, SCHEMA_DIR, ConfigError, check_entries, shown, unknown_key
+from pso.entries import ENTRIES, TOP_LEVEL, Config, ScaleEntry
 from pso.provenance import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG_DIR = ROOT / "workflow" / "config"
-SCHEMA_DIR = ROOT / "workflow" / "schemas"
 SETTINGS_VARIABLE = "PSO_BENCH_SETTINGS"
-
-
-class ConfigError(UserError):
-    """One sentence about one wrong value."""
 
 
 EXPECTED = {  # pydantic's error types -> what was expected, for people
@@ -48,26 +41,9 @@ EXPECTED = {  # pydantic's error types -> what was expected, for people
     "string_pattern_mismatch": "a name in small letters, digits and _",
 }
 
-RANGES = {  # JSON Schema's words -> ours, and when a value is outside
-    "exclusiveMinimum": ("above", operator.le),
-    "minimum": ("of at least", operator.lt),
-    "exclusiveMaximum": ("below", operator.ge),
-    "maximum": ("of at most", operator.gt),
-}
-
-
-def _value(value: Any) -> str:
-    return f"{value!r} (text)" if isinstance(value, str) else repr(value)
-
 
 def _known_keys(model: type[BaseModel] | None) -> list[str]:
     return sorted(model.model_fields) if model else []
-
-
-def unknown_key(path: str, key: str, known: list[str]) -> ConfigError:
-    close = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}."
-    return ConfigError(f"{path}.{key} is not a known key; {hint}")
 
 
 def sentence(error: ValidationError, path: str, model: type[BaseModel]) -> ConfigError:
@@ -87,7 +63,7 @@ def sentence(error: ValidationError, path: str, model: type[BaseModel]) -> Confi
     if kind in ("float_type", "int_type") and isinstance(value, str):
         with contextlib.suppress(ValueError):
             extra = f"; YAML reads it as text, write {_yaml_number(value, whole=kind == 'int_type')}"
-    return ConfigError(f"{where} is {_value(value)}; expected {expected}{extra}.")
+    return ConfigError(f"{where} is {shown(value)}; expected {expected}{extra}.")
 
 
 def _yaml_number(text: str, whole: bool) -> str:
@@ -144,7 +120,7 @@ def load(overrides: dict | None = None, folder: Path = CONFIG_DIR) -> Config:
     raw = {kind: merged(_read(folder / f"{kind}.yaml"), entries_of.get(kind, {})) for kind in ENTRIES}
     scale = top.get("scale")
     if not isinstance(scale, str) or scale not in raw["scales"]:
-        raise ConfigError(f"config.scale is {_value(scale)}; expected one of {', '.join(raw['scales'])}.")
+        raise ConfigError(f"config.scale is {shown(scale)}; expected one of {', '.join(raw['scales'])}.")
     scale_raw = raw["scales"][scale]
     check(ScaleEntry, scale_raw, f"scales.{scale}")
 
@@ -154,7 +130,9 @@ def load(overrides: dict | None = None, folder: Path = CONFIG_DIR) -> Config:
         for name, override in (scale_raw.get(kind) or {}).items() if kind != "scales" else ():
             if name not in raw[kind]:
                 raise unknown_key(f"scales.{scale}.{kind}", name, sorted(raw[kind]))
-            entries[kind][name] = check(model, merged(raw[kind][name], override), f"scales.{scale}.{kind}.{name}")
+            own = entries_of.get(kind, {}).get(name, {})  # what the user asks for goes before the scale's deviation
+            entry = merged(merged(raw[kind][name], override), own)
+            entries[kind][name] = check(model, entry, f"scales.{scale}.{kind}.{name}")
     config = check(
         Config,
         {
@@ -170,108 +148,8 @@ def load(overrides: dict | None = None, folder: Path = CONFIG_DIR) -> Config:
     for key in top:
         if key not in TOP_LEVEL:
             raise unknown_key("config", key, sorted(TOP_LEVEL))
-    _check_references(config)
-    for name, method in config.methods.items():
-        check_objective(name, method)
+    check_entries(config)
     return config
-
-
-def _check_references(config: Config) -> None:
-    """Every name that an entry uses is the name of an entry."""
-    for i, table in enumerate(config.tables):
-        _known(f"config.tables[{i}]", table, config.table_entries)
-    for name, table in config.table_entries.items():
-        _check_table(config, name, table)
-    for name, claim in config.claims.items():
-        _check_claim(config, name, claim)
-    for name, method in config.methods.items():
-        _known(f"methods.{name}.data", method.data, config.datasets)
-        _known(f"methods.{name}.reward", method.reward, config.metrics)
-        _known(f"methods.{name}.tune.probe_reward", method.tune.probe_reward, config.metrics)
-
-
-def _known(where: str, name: str | None, names) -> None:
-    if name is not None and name not in names:
-        close = difflib.get_close_matches(name, list(names), n=1)
-        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(names)}."
-        raise ConfigError(f"{where} is {_value(name)}, which has no entry; {hint}")
-
-
-def _check_table(config: Config, name: str, table: TableEntry) -> None:
-    for metric in [*table.metrics, *table.extra_metrics]:
-        if metric not in table.missing_metrics:
-            _known(f"tables.{name}.metrics", metric, config.metrics)
-    for eval_set in table.eval_sets:
-        _known(f"tables.{name}.eval_sets", eval_set, config.datasets)
-    for row in [*table.rows, *table.extra_rows]:
-        if row.missing is not None:  # may name a model or method that is yet to come
-            continue
-        _known(f"tables.{name} row {row.label!r} model", row.model, config.models)
-        _known(f"tables.{name} row {row.label!r} method", row.method, [UNTUNED, *config.methods])
-        if row.model is None or row.method is None:
-            raise ConfigError(f"tables.{name} row {row.label!r} needs model and method, or the reason in missing.")
-
-
-def _check_claim(config: Config, name: str, claim: ClaimEntry) -> None:
-    _known(f"claims.{name}.table", claim.table, config.table_entries)
-    table = config.table_entries[claim.table]
-    labels = [row.label for row in [*table.rows, *table.extra_rows]]
-    _known(f"claims.{name}.left", claim.left, labels)
-    _known(f"claims.{name}.right", claim.right, labels)
-    _known(f"claims.{name}.metric", claim.metric, [*table.metrics, *table.extra_metrics])
-    for eval_set in claim.eval_sets:
-        _known(f"claims.{name}.eval_sets", eval_set, table.eval_sets)
-    if (claim.relation == "at_least_share") != (claim.share is not None):
-        raise ConfigError(f"claims.{name}.share is {claim.share}; expected a number with at_least_share, else none.")
-
-
-def check_objective(name: str, method: MethodEntry) -> None:
-    """methods.<name>.objective against the JSON Schema of its module, without importing torch.
-
-    A module from elsewhere has no schema here; its Config checks the values when the job starts.
-    """
-    path = SCHEMA_DIR / "methods" / f"{method.module}.json"
-    if not path.exists():
-        if method.module.split(".")[0] in ("pso", "baselines"):
-            raise ConfigError(
-                f"methods.{name}.module is {_value(method.module)}, which has no schema; is the name right? "
-                "After adding a method run `python -m pso.config --write-schemas`."
-            )
-        return
-    import jsonschema
-
-    schema = json.loads(path.read_text())
-    where = f"methods.{name}.objective"
-    for key in method.objective:
-        if key not in schema["properties"]:
-            raise unknown_key(where, key, sorted(schema["properties"]))
-    for key, value in method.objective.items():
-        if isinstance(value, float) and not math.isfinite(value):  # JSON Schema has no word for it
-            raise ConfigError(f"{where}.{key} is {value}; expected a finite number.")
-    error = next(iter(jsonschema.Draft202012Validator(schema).iter_errors(method.objective)), None)
-    if error is None:
-        return
-    if error.validator == "required":
-        raise ConfigError(f"{where}.{error.message.split(chr(39))[1]} is missing; it is needed.")
-    field = ".".join([where, *map(str, error.path)])
-    options = error.schema.get("anyOf", [error.schema])
-    expected = " or ".join(_described(option, error.instance) for option in options)
-    raise ConfigError(f"{field} is {_value(error.instance)}; expected {expected}.")
-
-
-def _described(option: dict, value: Any) -> str:
-    """A JSON Schema of one value in words; the range too where only that is wrong."""
-    if "enum" in option:
-        return " or ".join(map(str, option["enum"]))
-    kinds = {"number": "a number", "integer": "a whole number", "boolean": "true or false", "null": "null"}
-    words = [kinds.get(option.get("type"), str(option.get("type")))]
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        words += [
-            f"{word} {option[key]:g}"
-            for key, (word, outside) in RANGES.items()
-            if key in option and outside(value, option[key])
-        ]
-    return " ".join(words)
 
 
 def import_module(dotted: str, field: str):
@@ -281,9 +159,9 @@ def import_module(dotted: str, field: str):
         module = importlib.import_module(path)
         return getattr(module, attribute) if attribute else module
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{field} is {_value(dotted)}, but there is no module {error.name!r}.") from None
+        raise ConfigError(f"{field} is {shown(dotted)}, but there is no module {error.name!r}.") from None
     except AttributeError:
-        raise ConfigError(f"{field} is {_value(dotted)}, but {path} has no {attribute!r}.") from None
+        raise ConfigError(f"{field} is {shown(dotted)}, but {path} has no {attribute!r}.") from None
 
 
 # ---- command line ----

@@ -48,10 +48,9 @@ class TuneConfig(Strict):
     num_updates: PositiveInt
     batch_size: PositiveInt  # samples (pairs) per update, over all processes
     learning_rate: PositiveFloat
-    optimizer: Literal["adamw"] = "adamw"
     weight_decay: Annotated[float, Field(ge=0)] = 1.0e-6
     max_grad_norm: PositiveFloat = 1.0
-    micro_batch: PositiveInt = 256  # network rows held with a graph at once; results do not depend on it
+    micro_batch: PositiveInt = 256  # rows of a network call, in training and in sampling; changes no result
     checkpoint_every: PositiveInt = 100
     probe_every: PositiveInt = 100  # updates between measurements of KL and reward of the sampler
     probe_prompts: PositiveInt = 16

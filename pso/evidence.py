@@ -12,6 +12,8 @@ They are one object in two units: with eps* the noise that would put the mean ex
 lr_reverse = kappa (|eps* - eps_pre|^2 - |eps* - eps_theta|^2). All values are float32 [B, S], never
 reduced over transitions; over latent elements by `reduction` (mean: the authors' code, and the only
 reading under which the paper's betas work; sum: the paper's notation. sum with beta = mean with D beta).
+A deterministic sampler has no kernel: of it only the forward process with `omega: one` can be measured, and
+whatever needs mean, std or kappa raises `NoKernel`.
 """
 
 import math
@@ -121,8 +123,8 @@ def gather(chain: Chain, side: Side, eps_theta: Tensor, eps_pre: Tensor | None, 
     """The columns that can be had: without eps_pre only `raw`."""
     if eps_pre is None:
         return Evidence(raw=raw(chain, side, eps_theta, cfg.reduction))
-    divergence = None  # the last transition has none
-    if bool((side.n > 1).all()):
+    divergence = None  # the last transition has none, nor has any of a deterministic sampler
+    if chain.stochastic and bool((side.n > 1).all()):
         with torch.no_grad():
             divergence = kl(chain, side.n, side.x, eps_theta.detach(), eps_pre, cfg.reduction)
     if side.process == "reverse":

@@ -5,7 +5,8 @@ t_n to x_{n-1}, n = N..1. Its kernel is N(mean(n, x, eps), std(n)^2 I); n = 1 is
 is no kernel, and asking for its mean, std or kappa raises `LastTransition`.
 
 `Renoise` is Eq. 4 (SDXL-DMD2, SDXL-LCM), `Ancestral` is Eq. 14 in its correct form (SDXL-Turbo).
-`Ddim` and `Euler` are the deterministic samplers of the multi-step rows; they have no kernel.
+`Ddim` and `Euler` are the deterministic samplers of the multi-step rows; they have no kernel at all, and
+asking them for one raises `NoKernel`.
 
 Shapes: `n` is a CPU LongTensor [...]; `x`, `eps` and `noise` are [..., C, H, W]; whatever depends on
 n alone comes back as [..., 1, 1, 1]. Everything is computed in the dtype of x, float32 in runs.
@@ -15,6 +16,8 @@ One step equals diffusers' scheduler bit for bit when given the same noise (test
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
+
+from pso.provenance import UserError
 
 # SDXL's noise schedule (scheduler_config.json of every base in Tables 1 to 4).
 SDXL_SCHEDULE = {
@@ -34,13 +37,23 @@ class LastTransition(ValueError):
         )
 
 
+class NoKernel(UserError):
+    """A density was asked of a deterministic sampler."""
+
+    def __init__(self, chain: "Chain"):
+        super().__init__(
+            f"the sampler {type(chain).__name__} is deterministic, so its transitions have no mean, std or "
+            "log-probability; take a model with sampler: renoise or ancestral."
+        )
+
+
 def sdxl_alphas_cumprod() -> Tensor:
     """alpha_bar_t of SDXL, t = 0..999, float32 as diffusers computes it."""
     return DDPMScheduler(**SDXL_SCHEDULE).alphas_cumprod
 
 
 class Chain:
-    """What all samplers share: a grid of times and look-ups by transition."""
+    """What all samplers share: a grid of times, look-ups by transition, and no kernel until a subclass has one."""
 
     stochastic = False
 
@@ -65,6 +78,8 @@ class Chain:
     @property
     def trained_steps(self) -> list[int]:
         """N..2: every transition that has a density."""
+        if not self.stochastic:
+            raise NoKernel(self)
         return list(range(self.num_steps, 1, -1))
 
     def time(self, n: Tensor) -> Tensor:
@@ -78,6 +93,22 @@ class Chain:
     def scale_input(self, n: Tensor, x: Tensor) -> Tensor:
         """What the network is shown at x_n."""
         return x
+
+    # -- the kernel N(mean, std^2 I), n >= 2 --
+
+    def mean(self, n: Tensor, x: Tensor, eps: Tensor) -> Tensor:
+        raise NoKernel(self)
+
+    def std(self, n: Tensor, x: Tensor) -> Tensor:
+        raise NoKernel(self)
+
+    def mean_per_eps(self, n: Tensor, x: Tensor) -> Tensor:
+        """d mean / d eps, a number per transition."""
+        raise NoKernel(self)
+
+    def kappa(self, n: Tensor, x: Tensor) -> Tensor:
+        """(d mean / d eps)^2 / (2 std^2): KL(p_theta | p_pre) = kappa |eps_theta - eps_pre|^2."""
+        return self.mean_per_eps(n, x) ** 2 / (2 * self.std(n, x) ** 2)
 
     @staticmethod
     def _at(table: Tensor, n: Tensor, x: Tensor) -> Tensor:
@@ -135,17 +166,36 @@ class Renoise(Chain):
         return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
 
     def mean_per_eps(self, n: Tensor, x: Tensor) -> Tensor:
-        """d mean / d eps, a number per transition."""
         self._refuse_last(n)
         here, there = self._at(self.alpha_bar, n, x), self._at(self.alpha_bar, n - 1, x)
         return -self._at(self.c_out, n, x) * (there * (1 - here) / here).sqrt()
 
-    def kappa(self, n: Tensor, x: Tensor) -> Tensor:
-        """(d mean / d eps)^2 / (2 std^2): KL(p_theta | p_pre) = kappa |eps_theta - eps_pre|^2."""
-        return self.mean_per_eps(n, x) ** 2 / (2 * self.std(n, x) ** 2)
+
+class VarianceExploding(Chain):
+    """The picture x = x0 + sigma eps, in which both Euler samplers of SDXL work."""
+
+    def __init__(self, timesteps, alphas_cumprod=None):
+        super().__init__(timesteps, alphas_cumprod)
+        self.sigma = ((1 - self.alpha_bar) / self.alpha_bar) ** 0.5
+
+    def scale_input(self, n: Tensor, x: Tensor) -> Tensor:
+        return x / (self._at(self.sigma, n, x) ** 2 + 1) ** 0.5
+
+    def x0_hat(self, n: Tensor, x: Tensor, eps: Tensor) -> Tensor:
+        return x - self._at(self.sigma, n, x) * eps
+
+    def noise_to(self, n: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
+        """The forward process: x_n given the clean latent."""
+        return x0 + self._at(self.sigma, n, x0) * noise
+
+    def _drift(self, n: Tensor, x: Tensor, eps: Tensor, to: Tensor) -> Tensor:
+        """x moved along eps from sigma_n to the level `to`."""
+        sigma = self._at(self.sigma, n, x)
+        # (x - x0_hat) / sigma is eps; written out so that the step is the scheduler's bit for bit
+        return x + (x - self.x0_hat(n, x, eps)) / sigma * (to - sigma)
 
 
-class Ancestral(Chain):
+class Ancestral(VarianceExploding):
     """Eq. 14 in its correct form: Euler ancestral in the variance-exploding picture (SDXL-Turbo).
 
     As printed, Eq. 14 swaps the two levels (and its noise std is imaginary). From sigma_n to
@@ -156,32 +206,19 @@ class Ancestral(Chain):
 
     stochastic = True
 
-    def __init__(self, timesteps, alphas_cumprod=None):
-        super().__init__(timesteps, alphas_cumprod)
-        self.sigma = ((1 - self.alpha_bar) / self.alpha_bar) ** 0.5
-
     def init(self, noise: Tensor) -> Tensor:
         return noise * self.sigma[-1].to(noise)
 
-    def scale_input(self, n: Tensor, x: Tensor) -> Tensor:
-        return x / (self._at(self.sigma, n, x) ** 2 + 1) ** 0.5
-
     def _up_down(self, n: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """sigma_n, sigma_up and sigma_down."""
         here, there = self._at(self.sigma, n, x), self._at(self.sigma, n - 1, x)
         up = (there**2 * (here**2 - there**2) / here**2) ** 0.5
         return here, up, (there**2 - up**2) ** 0.5
 
-    def x0_hat(self, n: Tensor, x: Tensor, eps: Tensor) -> Tensor:
-        return x - self._at(self.sigma, n, x) * eps
-
-    def _drift(self, n: Tensor, x: Tensor, eps: Tensor) -> Tensor:
-        sigma, _, down = self._up_down(n, x)
-        # (x - x0_hat) / sigma is eps; written out so that the step is the scheduler's bit for bit
-        return x + (x - self.x0_hat(n, x, eps)) / sigma * (down - sigma)
-
     def mean(self, n: Tensor, x: Tensor, eps: Tensor) -> Tensor:
         self._refuse_last(n)
-        return self._drift(n, x, eps)
+        _, _, down = self._up_down(n, x)
+        return self._drift(n, x, eps, to=down)
 
     def std(self, n: Tensor, x: Tensor) -> Tensor:
         self._refuse_last(n)
@@ -190,22 +227,13 @@ class Ancestral(Chain):
     def step(self, n: Tensor, x: Tensor, eps: Tensor, noise: Tensor) -> Tensor:
         """x_{n-1}; `noise` is unused in the last transition."""
         if bool((n == 1).all()):
-            return self._drift(n, x, eps)
+            return self._drift(n, x, eps, to=self._at(self.sigma, n - 1, x))  # sigma_0 = 0
         return self.mean(n, x, eps) + noise * self.std(n, x)
 
-    def noise_to(self, n: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
-        """The forward process: x_n given the clean latent, variance exploding."""
-        return x0 + self._at(self.sigma, n, x0) * noise
-
     def mean_per_eps(self, n: Tensor, x: Tensor) -> Tensor:
-        """d mean / d eps, a number per transition."""
         self._refuse_last(n)
         sigma, _, down = self._up_down(n, x)
         return down - sigma
-
-    def kappa(self, n: Tensor, x: Tensor) -> Tensor:
-        """(d mean / d eps)^2 / (2 std^2): KL(p_theta | p_pre) = kappa |eps_theta - eps_pre|^2."""
-        return self.mean_per_eps(n, x) ** 2 / (2 * self.std(n, x) ** 2)
 
 
 class Ddim(Chain):
@@ -220,10 +248,8 @@ class Ddim(Chain):
         return there.sqrt() * self.x0_hat(n, x, eps) + (1 - there).sqrt() * eps
 
 
-class Euler(Ancestral):
+class Euler(VarianceExploding):
     """Deterministic Euler in the variance-exploding picture (SDXL's own scheduler), multi-step rows."""
-
-    stochastic = False
 
     def init(self, noise: Tensor) -> Tensor:
         """diffusers' rule: a grid that starts below t = 999 ("leading") has data variance left in x_N."""
@@ -232,5 +258,4 @@ class Euler(Ancestral):
         return noise * (sigma if top else (sigma**2 + 1).sqrt()).to(noise)
 
     def step(self, n: Tensor, x: Tensor, eps: Tensor, noise: Tensor | None = None) -> Tensor:
-        here, there = self._at(self.sigma, n, x), self._at(self.sigma, n - 1, x)
-        return x + (x - self.x0_hat(n, x, eps)) / here * (there - here)
+        return self._drift(n, x, eps, to=self._at(self.sigma, n - 1, x))

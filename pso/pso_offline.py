@@ -19,7 +19,6 @@ NEEDS_PRE = True
 
 class Config(PreferenceConfig):
     pair_shares_eps: bool = True
-    zero_terminal_snr: bool = False
 
 
 def loss(target: Evidence, reference: Evidence, batch: Batch, cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:

@@ -6,6 +6,7 @@ method sees the same noise for the same key.
 """
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -72,3 +73,20 @@ def rollout(
         noise = keyed_noise(step_keys, step, shape).to(device) if chain.stochastic and step > 1 else None
         x = chain.step(n, x, policy.guided_eps(chain, n, x, condition), noise)
     return Trajectory(torch.stack(states, 1) if states else x[:, None], x)
+
+
+def rollouts(
+    policy: Policy,
+    chain: Chain,
+    condition: Conditioning,
+    keys: list[Key],
+    step_keys: list[Key] | None = None,
+    to_x0: bool = True,
+    *,
+    micro_batch: int,
+) -> Iterator[Trajectory]:
+    """The same trajectories, `micro_batch` images at a time: noise belongs to its key, so no split changes it."""
+    step_keys = step_keys or keys
+    for start in range(0, len(keys), micro_batch):
+        part = slice(start, start + micro_batch)
+        yield rollout(policy, chain, condition.rows(part), keys[part], step_keys[part], to_x0)

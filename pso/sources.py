@@ -8,17 +8,16 @@ the same order with the same (t, eps) where it can, and a resumed run continues 
 from dataclasses import dataclass, field
 
 import torch
-from diffusers.schedulers.scheduling_euler_discrete import rescale_zero_terminal_snr
 from torch import Tensor
 
 from pso.caches import PairCache
 from pso.config import ConfigError
 from pso.data import pair_indices
 from pso.evidence import Batch, Side
-from pso.mdp import Chain, Renoise, sdxl_alphas_cumprod
+from pso.mdp import Chain
 from pso.policy import Conditioning, Policy, to_images
 from pso.provenance import UserError
-from pso.rollout import Trajectory, keyed_noise, keyed_seed, rollout
+from pso.rollout import Key, keyed_noise, keyed_seed, rollouts
 
 
 @dataclass
@@ -34,29 +33,19 @@ class Given:
     prompts: list[str] = field(default_factory=list)  # texts, for sources that only need prompts
     condition: Conditioning | None = None  # of `prompts`, or of the pairs' prompts
     reward: object | None = None  # score(images, prompts) -> Tensor [B]
-
-
-def zero_terminal_alphas() -> Tensor:
-    """SDXL's alpha_bar rescaled so that x_999 is pure noise (Diffusion-DPO's Turbo recipe)."""
-    alphas = sdxl_alphas_cumprod()
-    betas = 1 - alphas / torch.cat([torch.ones(1), alphas[:-1]])
-    return torch.cumprod(1 - rescale_zero_terminal_snr(betas), 0)
+    micro_batch: int = 256  # images sampled, decoded and scored at a time; changes no result
 
 
 class _Latents:
     """Clean latents of a cache, noised forward."""
 
     def __init__(self, given: Given):
-        self.given, self.cfg = given, given.cfg
-        self.chain = self.noising = given.chain
-        if getattr(self.cfg, "zero_terminal_snr", False):
-            if not isinstance(given.chain, Renoise):
-                raise ConfigError(
-                    "objective.zero_terminal_snr is true; expected false for an ancestral sampler, whose noise level "
-                    "at t = 999 would be infinite."
-                )
-            times = given.chain.times[1:].flip(0).tolist()
-            self.noising = Renoise(times, zero_terminal_alphas())
+        if given.pairs is None:
+            raise ConfigError(
+                f"the method's data holds no pairs, which its SOURCE {type(self).__name__} needs; "
+                "name a data set of format preference_parquet."
+            )
+        self.given, self.cfg, self.chain = given, given.cfg, given.chain
 
     def samples(self, update: int) -> list[int]:
         given = self.given
@@ -79,16 +68,16 @@ class _Latents:
         return keyed_seed(self.given.seed, "step", update, sample) % count
 
     def noised(self, side: str, update: int, index: list[int], n: Tensor, shares_eps: bool) -> Side:
-        """The forward side: x_n = clean latent with eps. The pair shares eps if asked to."""
+        """The forward side: x_n = clean latent with eps. Only the reference may have an eps of its own."""
         clean = self.clean(side, update, index)
-        whose = "pair" if shares_eps else side
+        whose = "pair" if shares_eps or side == "target" else side
         rows = [
             keyed_noise([(self.given.seed, "eps", whose, update, i)], step, clean.shape[1:])
             for i, steps in zip(index, n.tolist(), strict=True)
             for step in steps
         ]
         eps = torch.cat(rows).view(*n.shape, *clean.shape[1:]).to(clean.device)
-        x = self.noising.noise_to(n, clean[:, None].expand_as(eps), eps)
+        x = self.chain.noise_to(n, clean[:, None].expand_as(eps), eps)
         return Side("forward", n, x, eps)
 
 
@@ -110,16 +99,21 @@ class Targets(_Latents):
     def __init__(self, given: Given):
         super().__init__(given)
         if self.cfg.times == "uniform":  # every time is a step of this chain: n = t + 1
-            self.chain = self.noising = type(given.chain)(list(range(999, -1, -1)))
+            alphas = given.chain.alphas_cumprod
+            self.chain = type(given.chain)(list(reversed(range(len(alphas)))), alphas)
 
     def batch(self, update: int) -> Batch:
         index = self.samples(update)
-        n = torch.tensor([[1 + self._draw(update, i, self.noising.num_steps)] for i in index])
+        n = torch.tensor([[1 + self._draw(update, i, self.chain.num_steps)] for i in index])
         return Batch(self.given.pairs.prompt_index[index], self.noised("target", update, index, n, True))
 
 
 class TargetsAgainstModel(_Latents):
     """Given images against samples that theta makes of the same prompts, fresh each update (Eq. 5)."""
+
+    def __init__(self, given: Given):
+        super().__init__(given)
+        refuse_guidance(given.policy)
 
     def batch(self, update: int) -> Batch:
         given, index = self.given, self.samples(update)
@@ -127,16 +121,26 @@ class TargetsAgainstModel(_Latents):
         target = self.noised("target", update, index, n, True)
         prompts = given.pairs.prompt_index[index]
         keys = [(given.seed, "rollout", update, i) for i in index]
-        trajectory = rollout(given.policy, given.chain, given.condition.rows(prompts), keys, to_x0=False)
-        return Batch(prompts, target, reverse_side(given.chain, trajectory, n))
+        condition, bound = given.condition.rows(prompts), given.micro_batch
+        parts = rollouts(given.policy, given.chain, condition, keys, to_x0=False, micro_batch=bound)
+        states = torch.cat([part.states for part in parts])
+        return Batch(prompts, target, reverse_side(given.chain, states, n))
 
 
-def reverse_side(chain: Chain, trajectory: Trajectory, n: Tensor) -> Side:
-    """The transitions n [B, S] of a trajectory."""
-    before, after = trajectory.transitions
-    column = chain.num_steps - n  # transition n is the (N - n)-th state
+def refuse_guidance(policy: Policy) -> None:
+    """A guided step is drawn from another kernel than the one whose evidence the reverse side gives."""
+    if policy.guidance_scale > 1:
+        raise ConfigError(
+            f"the model's guidance_scale is {policy.guidance_scale}; expected at most 1 for a method that samples "
+            "it while it is tuned, because evidence is that of the unguided network."
+        )
+
+
+def reverse_side(chain: Chain, states: Tensor, n: Tensor) -> Side:
+    """The transitions n [B, S] of trajectories with states [B, N, C, H, W]."""
+    column = chain.num_steps - n  # x_n is the (N - n)-th state
     row = torch.arange(len(n))[:, None]
-    return Side("reverse", n, before[row, column], after[row, column])
+    return Side("reverse", n, states[row, column], states[row, column + 1])
 
 
 class OnlinePairs:
@@ -144,6 +148,11 @@ class OnlinePairs:
 
     def __init__(self, given: Given):
         self.given, self.cfg, self.chain = given, given.cfg, given.chain
+        if given.reward is None:
+            raise ConfigError(
+                "the method has no reward, by which its SOURCE OnlinePairs ranks samples; name a metric as reward."
+            )
+        refuse_guidance(given.policy)
         if self.cfg.pairs_per_round % given.batch_size:
             raise ConfigError(
                 f"objective.pairs_per_round is {self.cfg.pairs_per_round}; expected a multiple of "
@@ -159,10 +168,7 @@ class OnlinePairs:
         start = update % self.updates_per_round * self.given.batch_size
         here = {k: v[start : start + self.given.batch_size] for k, v in self.buffer.items()}
         n = self._steps(update, len(here["prompts"]))
-        target, reference = (
-            reverse_side(self.given.chain, Trajectory(here[side], here[side][:, 0]), n)
-            for side in ("target", "reference")
-        )
+        target, reference = (reverse_side(self.chain, here[side], n) for side in ("target", "reference"))
         log = {f"reward_{side}": here[f"reward_{side}"].mean().item() for side in ("target", "reference")}
         log["ties"] = here["tied"].float().mean().item()
         return Batch(here["prompts"], target, reference, here["tied"].to(target.x.device), log)
@@ -185,13 +191,23 @@ class OnlinePairs:
             ]
             start = "pair" if cfg.pair_shares_initial_noise else member
             keys = [(given.seed, "rollout", number, i, start) for i in range(len(prompts))]
-            trajectory = rollout(given.policy, given.chain, given.condition.rows(prompts), keys, steps)
-            images = given.policy.decode(trajectory.x0)
-            rewards.append(given.reward.score(to_images(images), [given.prompts[i] for i in prompts]).cpu())
-            sides.append(trajectory.states)
+            states, scores = self._member(prompts, keys, steps)
+            sides.append(states)
+            rewards.append(scores)
         self.reward_queries += 2 * len(prompts)
         self.round = number
         self.buffer = rank(prompts, sides, rewards)
+
+    def _member(self, prompts: Tensor, keys: list[Key], step_keys: list[Key]) -> tuple[Tensor, Tensor]:
+        """One sample per prompt: states [B, N, C, H, W] and rewards [B]. Images are dropped once they are scored."""
+        given, states, scores = self.given, [], []
+        texts, condition = [given.prompts[i] for i in prompts], given.condition.rows(prompts)
+        parts = rollouts(given.policy, given.chain, condition, keys, step_keys, micro_batch=given.micro_batch)
+        for start, part in zip(range(0, len(texts), given.micro_batch), parts, strict=True):
+            images = to_images(given.policy.decode(part.x0))
+            states.append(part.states)
+            scores.append(given.reward.score(images, texts[start : start + len(images)]).cpu())
+        return torch.cat(states), torch.cat(scores)
 
     # -- resuming in the middle of a round --
 

@@ -20,11 +20,15 @@ def run(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.Compl
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=1200)
 
 
-def snakemake(*arguments: str, cwd: Path, scale: str = "smoke") -> subprocess.CompletedProcess:
+def snakemake(*arguments: str, cwd: Path, scale: str = "smoke", settings=None) -> subprocess.CompletedProcess:
     """The workflow on a folder of its own: `--directory` is where results/ appears."""
+    given = []
+    if settings is not None:
+        given = ["--configfile", str(cwd / "settings.json")]
+        (cwd / "settings.json").write_text(json.dumps(settings))
     return run(
         "snakemake", "--snakefile", str(ROOT / "workflow" / "Snakefile"), "--directory", str(cwd), "--cores", "2",
-        *arguments, "--config", f"scale={scale}", cwd=cwd,
+        *arguments, *given, "--config", f"scale={scale}", cwd=cwd,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from synthetic import (
     write_tree,
 )
 
-from eval.claims import bound_of, judge, judge_all, to_markdown, write
+from eval.claims import bound_of, judge, judge_all, remark, to_markdown, write
 from eval.stats import Estimate
 from pso.provenance import UserError
 
@@ -70,11 +70,13 @@ def test_verdicts(tmp_path):
         ("below", -0.3, -0.1, 0.01, "holds"),
         ("below", -0.3, -0.1, 0.05, "inconclusive"),
         ("below", -0.3, 0.1, 0.01, "inconclusive"),
-        ("below", 0.1, 0.3, 0.9, "fails"),
-        ("not_below", -0.02, 0.3, 0.9, "holds"),
+        ("below", 0.1, 0.3, 0.9, "inconclusive"),
+        ("below", 0.1, 0.3, 0.01, "fails"),
+        ("not_below", -0.01, 0.3, 0.9, "inconclusive"),
+        ("not_below", -0.01, 0.3, 0.01, "holds"),
         ("not_below", -0.03, 0.3, 0.01, "inconclusive"),
         ("not_below", -0.3, -0.03, 0.01, "fails"),
-        ("at_least_share", 0.95, 0.99, 0.9, "holds"),
+        ("at_least_share", 0.96, 0.99, 0.01, "holds"),
         ("at_least_share", 0.94, 0.99, 0.01, "inconclusive"),
         ("at_least_share", 0.8, 0.94, 0.01, "fails"),
     ],
@@ -84,6 +86,23 @@ def test_rule(relation, low, high, p, verdict):
     estimate = Estimate((low + high) / 2, low, high, 10, 10, p)
     bound = bound_of(config(metrics={"pick_score": metric("PickScore")}), entry)
     assert judge(entry, estimate, p, bound) == verdict
+
+
+@pytest.mark.parametrize(
+    ("relation", "low", "high", "verdict", "said"),
+    [
+        ("not_below", -0.01, 0.01, "holds", None),
+        ("not_below", -0.01, -0.001, "holds", "a loss, but a tolerated one"),
+        ("not_below", -0.03, -0.001, "inconclusive", "a loss; tolerated or not is open"),
+        ("not_below", -0.3, -0.03, "fails", "a loss"),
+        ("at_least_share", 0.96, 0.99, "holds", "a loss, but a tolerated one"),
+        ("at_least_share", 0.96, 1.01, "holds", None),
+        ("above", -0.3, -0.1, "fails", None),
+    ],
+)
+def test_a_loss_is_called_a_loss(relation, low, high, verdict, said):
+    entry = claim(relation=relation, margin=0.02, share=0.95 if relation == "at_least_share" else None)
+    assert remark(entry, Estimate((low + high) / 2, low, high, 10, 10, 0.01), verdict) == said
 
 
 def test_the_margin_is_in_units_of_the_score():

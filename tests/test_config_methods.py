@@ -314,6 +314,13 @@ def test_a_methods_entry_holds_the_papers_settings(name, beta, num_updates, batc
     assert entry["tune"] == {"num_updates": num_updates, "batch_size": batch_size, "learning_rate": learning_rate}
 
 
+def test_the_released_entry_holds_the_settings_of_the_authors_script():
+    entry = SHIPPED["methods"]["pso_online_released"]
+    pairs, tuning = entry["objective"]["pairs_per_round"], entry["tune"]
+    assert tuning == {"num_updates": 5000 * pairs // 32, "batch_size": 32, "learning_rate": 1e-5} and pairs == 128
+    assert entry["objective"]["beta"] == 50.0 and entry["objective"]["ratio_clip"] == 0.1
+
+
 def test_online_rounds_hold_128_pairs():
     assert SHIPPED["methods"]["pso_online"]["objective"]["pairs_per_round"] == 128
 

@@ -16,8 +16,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from eval import readme
 from pso.config import load
 from pso.paths import LORA_FILE, images_dir, model_dir, run_dir, scores_file
+from pso.provenance import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "results/README.md", "eval/reference/README.md", "CHANGELOG.md")
@@ -253,15 +255,27 @@ def test_the_changelog_has_an_entry_for_this_version():
     assert re.search(rf"^## \[?v?{re.escape(PROJECT['version'])}\b", text_of("CHANGELOG.md"), re.MULTILINE)
 
 
-def test_the_readmes_cost_is_the_measured_one():
-    between = re.search(r"<!-- cost:begin -->\n(.*?)<!-- cost:end -->", text_of("README.md"), re.DOTALL)
-    assert between, "README.md has no cost markers"
-    # the committed file: a run of `make` on another machine rewrites the one in the working copy
-    command = ["git", "-C", str(ROOT), "show", "HEAD:results/miniature/cost.md"]
-    committed = subprocess.run(command, capture_output=True, text=True)
-    if committed.returncode:
-        pytest.skip("no commit with results/miniature/cost.md")
-    assert between[1].strip() == committed.stdout.strip()
+def committed(folder: Path, *names: str) -> None:
+    """Put the files of the last commit into a folder: a run of `make` rewrites those of the working copy."""
+    for name in names:
+        done = subprocess.run(["git", "-C", str(ROOT), "show", f"HEAD:{name}"], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no commit with {name}")
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(done.stdout)
+
+
+def test_the_readmes_numbers_are_those_of_the_committed_results(tmp_path):
+    committed(tmp_path, *(f"results/miniature/{name}" for name in ("tables/table1.csv", "claims.json", "cost.md")))
+    contents = readme.blocks(load(), tmp_path / "results" / "miniature")
+    assert all(len(content) > 100 for content in contents.values())
+    assert text_of("README.md") == readme.fill(text_of("README.md"), contents)
+
+
+@pytest.mark.parametrize("text", ["", "<!-- cost:begin -->", "<!-- cost:begin --><!-- cost:end -->" * 2])
+def test_lost_markers_are_one_sentence(text):
+    with pytest.raises(UserError, match=r"^README\.md needs the lines <!-- cost:begin --> and <!-- cost:end -->"):
+        readme.fill(text, {"cost": "x"})
 
 
 # ---- the lock file ----

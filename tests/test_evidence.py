@@ -9,7 +9,7 @@ from toy import ALPHA_BAR, STOCHASTIC, TIMES, exact, randn
 
 from pso.entries import EvidenceConfig
 from pso.evidence import Side, forward_ratio, gather, kl, raw, reduce, reverse_ratio
-from pso.mdp import Ancestral, Renoise
+from pso.mdp import Ancestral, Ddim, Euler, NoKernel, Renoise
 
 TIME = torch.tensor([0, *reversed(TIMES)])
 STEPS = torch.tensor([[4, 3, 2], [2, 4, 3]])  # 2 samples x 3 transitions, in any order
@@ -232,13 +232,8 @@ def simulated(kind: type, independent: bool) -> tuple[Side, Side, Tensor, Tensor
 def farthest(kind: type, independent: bool, coupling: str, **more) -> float:
     """Largest distance of the forward form from the mean sampled log-ratio, in standard errors."""
     transition, noised, theta, pre = simulated(kind, independent)
-    sampled = torch.stack(
-        [
-            v.log_prob(transition.answer)
-            for v in (kernel(kind, transition.n, transition.x, theta), kernel(kind, transition.n, transition.x, pre))
-        ]
-    )
-    sampled = (sampled[0] - sampled[1]).flatten(2)
+    log_probs = [kernel(kind, transition.n, transition.x, v).log_prob(transition.answer) for v in (theta, pre)]
+    sampled = (log_probs[0] - log_probs[1]).flatten(2)
     cfg = EvidenceConfig(forward_coupling=coupling, **more)
     found = forward_ratio(exact(kind), noised, theta, pre, cfg)
     return ((found - sampled.mean(2)).abs() / (sampled.std(2) / sampled.shape[2] ** 0.5)).max().item()
@@ -367,3 +362,38 @@ def test_independent_forward_states_give_ancestral_a_cross_term():
         )
         assert abs(exact - sampled.mean()) < tolerance
         assert abs(wrong - sampled.mean()) > tolerance
+
+
+# ---- deterministic samplers ----
+
+DETERMINISTIC, PAPER = [Ddim, Euler], EvidenceConfig()
+OF_A_KERNEL = {  # what needs a kernel, of a chain
+    "mean": lambda c, s, theta, pre: c.mean(s.n, s.x, theta),
+    **{k: lambda c, s, *_, k=k: getattr(c, k)(s.n, s.x) for k in ("std", "mean_per_eps", "kappa")},
+    "trained_steps": lambda c, *_: c.trained_steps,
+    "reverse_ratio": lambda c, *v: reverse_ratio(c, *v, "mean"),
+    "raw": lambda c, s, theta, pre: raw(c, s, theta, "mean"),
+    "kl": lambda c, s, *eps: kl(c, s.n, s.x, *eps, "mean"),
+    "gather": lambda c, *v: gather(c, *v, PAPER),
+    "omega": lambda c, *v: forward_ratio(c, *v, EvidenceConfig(omega="kl")),
+    "independent": lambda c, *v: forward_ratio(c, *v, EvidenceConfig(forward_coupling="exact_independent")),
+    "markov": lambda c, *v: forward_ratio(c, *v, EvidenceConfig(forward_coupling="exact_markov")),
+}
+
+
+@pytest.mark.parametrize("kind", DETERMINISTIC)
+@pytest.mark.parametrize("what", OF_A_KERNEL)
+def test_a_deterministic_sampler_has_no_kernel(kind, what):
+    with pytest.raises(NoKernel, match=f"^the sampler {kind.__name__} is deterministic, .* renoise or ancestral.$"):
+        OF_A_KERNEL[what](kind(TIMES, ALPHA_BAR), *drawn())
+    for stochastic in STOCHASTIC:
+        OF_A_KERNEL[what](stochastic(TIMES, ALPHA_BAR), *drawn())
+
+
+@pytest.mark.parametrize("kind", DETERMINISTIC)
+def test_noised_images_say_the_same_of_any_sampler(kind):
+    """With omega 1 the forward evidence is one of eps alone; a KL there is none."""
+    side, theta, pre = drawn(process="forward")
+    found, of_kernel = (gather(c, side, theta, pre, PAPER) for c in (kind(TIMES), exact(Renoise)))
+    assert torch.equal(found.ratio, of_kernel.ratio)
+    assert found.kl is None and of_kernel.kl is not None

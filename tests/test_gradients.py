@@ -262,7 +262,7 @@ def test_steps_share_their_noise_only_if_asked_to(kind):
 
 def replayed(policy, kind, trajectory, n, which) -> torch.Tensor:
     """(x_{n-1} - mean) / std of the chosen transitions [B, S], recomputed from the stored states."""
-    chain, side = kind(TIMES), reverse_side(kind(TIMES), trajectory, n)
+    chain, side = kind(TIMES), reverse_side(kind(TIMES), trajectory.states, n)
     rows = policy.encode_prompts([toy.PROMPTS[i] for i in which]).rows(
         torch.arange(len(n)).repeat_interleave(n.shape[1])
     )

@@ -19,10 +19,21 @@ FILES = {
 STANDARD = sys.stdlib_module_names
 CHAIN = ("pso.mdp", "pso.evidence", "pso.policy", "pso.models", "pso.rollout", "pso.sources", "pso.tune")
 TORCH_FREE = [
-    *(f"eval.{name}" for name in ("stats", "scores", "tables", "compare", "claims", "figures", "cost")),
+    *(f"eval.{name}" for name in ("stats", "scores", "tables", "compare", "claims", "figures", "cost", "readme")),
     *(
         f"pso.{name}"
-        for name in ("config", "entries", "provenance", "paths", "runs", "data", "shards", "dreambooth", "hub")
+        for name in (
+            "checks",
+            "config",
+            "entries",
+            "provenance",
+            "paths",
+            "runs",
+            "data",
+            "shards",
+            "dreambooth",
+            "hub",
+        )
     ),
 ]
 NEEDS_TORCH = {"torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "torchvision"}

@@ -1,6 +1,8 @@
 """The whole DAG at smoke scale, as a user runs it."""
 
 import json
+import re
+import shutil
 
 import pytest
 from conftest import ROOT, run, snakemake
@@ -67,6 +69,45 @@ def test_a_deleted_table_is_made_again_without_training(smoke):
     output = done.stdout + done.stderr
     assert "rule table:" in output and "rule tune:" not in output
     assert snakemake(cwd=smoke).returncode == 0
+
+
+@pytest.mark.parametrize("target", ["all", "table1", "claims", "figures", "cost"])
+def test_committed_results_do_not_pass_for_made_ones(smoke, tmp_path, target):
+    """A fresh clone holds tables, claims, figures and cost of the miniature, and nothing that they were made from."""
+    for kept in ("tables", "figures", "claims.md", "claims.json", "cost.md"):
+        made, copy = smoke / "results/smoke" / kept, tmp_path / "results/smoke" / kept
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if made.is_dir() else shutil.copy)(made, copy)
+    done = snakemake("-n", target, cwd=tmp_path)
+    assert done.returncode == 0 and "rule hub_vae:" in done.stdout + done.stderr
+
+
+TUNE, SCORES, VIEWS = {"tune", "generate"}, {"score"}, {"table", "diff", "judge", "draw"}
+CHANGES = [  # settings, rules that have to run again, rules that need not
+    ({"scales": {"smoke": {"standin": {"seed": 1}}}}, {"hub_vae", "hub_clip", "hub_data", "hub_teacher"}, set()),
+    ({"datasets": {"pickapic_test": {"num_seeds": 2}}}, {"generate"} | SCORES, {"hub_data", "tune"}),
+    ({"scales": {"smoke": {"bootstrap_resamples": 300}}}, VIEWS, TUNE | SCORES),
+    ({"scales": {"smoke": {"eval_seed": 7}}}, {"generate"} | SCORES, {"tune"}),
+    ({"metrics": {"pick_score": {"module": "eval.metrics.clip_score"}}}, {"tune"} | SCORES, {"hub_vae", "latents"}),
+    ({"metrics": {"pick_score": {"decimals": 3}}}, VIEWS, TUNE | SCORES),
+    ({"methods": {"pso_offline": {"title": "x"}}}, VIEWS, TUNE | SCORES),
+    ({"methods": {"pso_offline": {"objective": {"beta": 7.0}}}}, TUNE, {"latents"}),
+    ({"models": {"sdxl_dmd2": {"vae": None}}}, {"latents"} | TUNE, {"hub_vae"}),
+    ({"models": {"sdxl_dmd2": {"grids": {3: [999, 666, 333]}}}}, {"generate"}, {"tune"}),
+]
+
+
+def planned(cwd, **changes) -> set[str]:
+    """Rules that `snakemake -n` would run after a change of settings."""
+    done = snakemake("-n", cwd=cwd, settings=changes)
+    assert done.returncode == 0, done.stderr
+    return set(re.findall(r"^(?:local)?rule (\w+):", done.stdout + done.stderr, re.MULTILINE))
+
+
+@pytest.mark.parametrize(("changes", "again", "kept"), CHANGES, ids=[str(c[0])[:60] for c in CHANGES])
+def test_a_change_of_settings_reaches_what_depends_on_it_and_nothing_else(smoke, changes, again, kept):
+    rules = planned(smoke, **changes)
+    assert again <= rules and not kept & rules
 
 
 def test_the_workflow_passes_its_linter():

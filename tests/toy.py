@@ -19,7 +19,7 @@ from pso import pso, pso_offline, pso_online
 from pso.evidence import Batch, Evidence, Side
 from pso.mdp import Ancestral, Chain, Renoise
 from pso.miniature.text import WINDOW, write_tokenizer
-from pso.policy import Policy
+from pso.policy import Conditioning, Policy
 
 # ---- schedules and kernels ----
 
@@ -205,6 +205,57 @@ class Brightness:
 
     def score(self, images, prompts):
         return torch.tensor([np.asarray(image).mean() for image in images])
+
+
+# ---- what a source is given ----
+
+PAIRS, LATENT = 10, (4, 4, 4)
+TEXTS = [f"prompt {i}" for i in range(PAIRS)]
+# pooled tells the prompts apart
+CONDITION = Conditioning(torch.zeros(PAIRS, 1, 1), torch.arange(PAIRS)[:, None] / PAIRS)
+
+
+class FakePairs:
+    """A PairCache of ten pairs, each with a prompt of its own, so that batch.prompts tells the pairs."""
+
+    prompt_index = torch.arange(PAIRS)
+
+    def __init__(self, std: float = 0.0, shape: tuple[int, int, int] = LATENT):
+        self.means = {side: randn(seed, PAIRS, *shape) for seed, side in enumerate(("target", "reference"))}
+        self.std = std
+
+    def __len__(self) -> int:
+        return PAIRS
+
+    def latents(self, side: str, index: list[int]) -> tuple[Tensor, Tensor]:
+        mean = self.means[side][index]
+        return mean, torch.full_like(mean, self.std)
+
+
+class FakePolicy:
+    """A network of one line, that sees its prompt."""
+
+    device, latent_shape, guidance_scale = torch.device("cpu"), LATENT, 0.0
+    push = 0.0  # what training would change
+
+    def guided_eps(self, chain, n, x, condition):
+        return torch.tanh(chain.scale_input(n, x)) + condition.pooled[:, :, None, None] + self.push
+
+    def decode(self, latents):
+        return (255 * torch.sigmoid(latents[:, :3])).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+class Judge(Brightness):
+    """Remembers which texts it was asked about, and how many images at a time."""
+
+    def __init__(self):
+        self.texts, self.sizes = [], []
+
+    def score(self, images, prompts):
+        assert len(images) == len(prompts)
+        self.texts += prompts
+        self.sizes.append(len(images))
+        return super().score(images, prompts)
 
 
 # ---- golden numbers of the authors' functions, spec/pso.md, Section 6.2 ----

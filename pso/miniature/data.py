@@ -9,7 +9,7 @@ import io
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from pso.data import Prompt, prompts_of, write_caption_json, write_caption_parquet, write_pair_shards, write_parti_tsv
 from pso.entries import Config
@@ -17,7 +17,9 @@ from pso.hub import Hub
 from pso.miniature import oracle, world
 from pso.miniature.common import PARTI, PICKAPIC_PAIRS, PICKAPIC_PROMPTS, PROMPTS_4K, job
 
-WRONG = 0.3  # share of pictures with one attribute that the caption does not ask for
+WRONG = 0.5  # share of pictures with one attribute that the caption does not ask for
+SOFT = 0.3  # share of pictures that came out soft,
+SOFTEST = 1.0  # ... by up to so many px, which costs as much utility
 TEMPERATURE = 1 / 6  # of the Bradley-Terry label
 TIE = 0.12  # a smaller difference in utility is called a tie
 OPTIONS = {
@@ -29,7 +31,7 @@ OPTIONS = {
 
 
 def picture(wanted: world.Attributes, rng: np.random.Generator) -> tuple[np.ndarray, float]:
-    """A picture made for a caption, not always right, and its true utility."""
+    """A picture made for a caption, not always right or sharp, and its true utility."""
     shown = wanted
     if rng.random() < WRONG:
         name = rng.choice(list(OPTIONS))
@@ -37,7 +39,10 @@ def picture(wanted: world.Attributes, rng: np.random.Generator) -> tuple[np.ndar
         shown = dataclasses.replace(wanted, **{name: str(rng.choice(others))})
     image, hidden = world.render(shown, rng)
     size = (hidden["size"] - np.mean(world.SIZES)) / oracle.SIZE_SCALE
-    return image, oracle.ALIGNMENT_WEIGHT * (shown == wanted) + hidden["glow"] + size
+    soft = rng.uniform(0.0, SOFTEST) if rng.random() < SOFT else 0.0
+    if soft:
+        image = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(soft)))
+    return image, oracle.ALIGNMENT_WEIGHT * (shown == wanted) + hidden["glow"] + size - soft
 
 
 def png(image: np.ndarray) -> bytes:

@@ -13,7 +13,9 @@ rule latents:
     conda:
         "../../envs/pso-bench.yaml"
     params:
-        model=lambda w: model_settings(w.model),
+        model=lambda w: CONFIG.models[w.model].model_dump(
+            include={"base", "vae", "resolution"}
+        ),
         dataset=lambda w: CONFIG.datasets[w.dataset].model_dump(),
         code=fingerprint("pso.caches"),
     shell:
