@@ -215,6 +215,8 @@ def check_source(config: Config, name: str, method: MethodEntry) -> None:
     if not ours(method.module):
         return
     source = source_of(method.module)
+    if ":" in (source or ""):  # package.module:Name, a source from elsewhere
+        return
     if source not in SOURCES:
         raise ConfigError(
             f"methods.{name}.module is {shown(method.module)}, whose SOURCE is {source}; "

@@ -6,6 +6,7 @@ Torch-free. Nothing here writes a host name, user name, token or absolute path.
 import ast
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -108,19 +109,29 @@ def fingerprint(*modules: str) -> str:
     """Hash of the code of modules, and of every module of this repository that they import, however deep.
 
     Comments and layout do not count, nor does the plumbing (NOT_COUNTED). `package.module:name` is the
-    module of `name`; a module of the user's that is not in this repository counts by name only.
+    module of `name`. Of a module of the user's from elsewhere the one file counts, or its name if there is none.
     """
     trees, todo = {}, [module.partition(":")[0] for module in modules]
+    elsewhere = {name: _users_file(name) for name in todo if _source(name) is None}
     while todo:
         module = todo.pop()
         if module in trees or module in NOT_COUNTED:
             continue
         trees[module] = None
-        if (path := _source(module)) is not None:
+        if (path := _source(module) or elsewhere.get(module)) is not None:
             tree = ast.parse(path.read_text())
             trees[module] = ast.dump(tree)
             todo += [name for name in _imported(tree) if _source(name) is not None]
     return digest(sorted(trees.items()))
+
+
+def _users_file(module: str) -> Path | None:
+    """The file of a module outside this repository, found as Python finds it."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        return None
+    return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
 
 
 def _source(module: str) -> Path | None:

@@ -293,6 +293,16 @@ def test_a_module_from_elsewhere_counts_by_its_name(module):
     assert fingerprint("elsewhere.one") == fingerprint("elsewhere.one") != fingerprint("elsewhere.two")
 
 
+def test_a_module_of_the_users_counts_by_its_file(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "method_of_the_user.py").write_text(CODE)
+    before = fingerprint("method_of_the_user")
+    (tmp_path / "method_of_the_user.py").write_text("# why\n" + CODE)
+    assert fingerprint("method_of_the_user") == before
+    (tmp_path / "method_of_the_user.py").write_text(CODE + "A = 1\n")
+    assert fingerprint("method_of_the_user") != before
+
+
 def test_a_fingerprint_of_an_object_sees_its_modules_code(module):
     assert module(CODE, "pkg.mod:f") != module("def f(x):\n    return 0\n", "pkg.mod:f")
 
