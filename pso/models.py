@@ -81,23 +81,28 @@ def check_tokenizers(pipeline: StableDiffusionXLPipeline) -> None:
             )
 
 
-def load_metric(name: str, entry: MetricEntry, hub: Hub, device):
-    """A scorer: `spec` and `score(images, prompts) -> Tensor [B]`."""
+def load_metric(name: str, entry: MetricEntry, hub: Hub, device, model: str | None = None):
+    """A scorer: `spec` and `score(images, prompts) -> Tensor [B]`.
+
+    `model`: what it is to be a reward for. A head with {model} in its file is made for each of them.
+    """
     module = import_module(entry.module, f"metrics.{name}.module")
     files = {}
     if entry.checkpoint is not None:
         files["model"] = _checkpoint(entry.checkpoint, hub)
         files["processor"] = hub.repo(entry.checkpoint.processor or entry.checkpoint.repo)
     if entry.head is not None:
-        files["head"] = _checkpoint(entry.head, hub)
+        if "{model}" in (entry.head.file or "") and model is None:
+            raise ConfigError(f"metrics.{name} has a head for each model, so it can only be a method's reward.")
+        files["head"] = _checkpoint(entry.head, hub, model)
     try:
         return module.load(files, device)
     except (ValueError, OSError) as error:  # a file of another model, or a broken one
         raise UserError(f"metrics.{name} cannot be loaded: {error}") from error
 
 
-def _checkpoint(checkpoint: Checkpoint, hub: Hub):
+def _checkpoint(checkpoint: Checkpoint, hub: Hub, model: str | None = None):
     if checkpoint.file is not None:
-        return hub.file(checkpoint.repo, checkpoint.file)
+        return hub.file(checkpoint.repo, checkpoint.file.replace("{model}", model or ""))
     hub.weights(checkpoint.repo)
     return hub.repo(checkpoint.repo)

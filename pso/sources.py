@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pso.caches import PairCache
-from pso.config import ConfigError
+from pso.config import ConfigError, import_module
 from pso.data import pair_indices
 from pso.evidence import Batch, Side
 from pso.mdp import Chain
@@ -34,6 +34,11 @@ class Given:
     condition: Conditioning | None = None  # of `prompts`, or of the pairs' prompts
     reward: object | None = None  # score(images, prompts) -> Tensor [B]
     micro_batch: int = 256  # images sampled, decoded and scored at a time; changes no result
+
+
+def find(name: str) -> type:
+    """What a method's SOURCE names: a class of this file, or of any module as `package.module:Class`."""
+    return import_module(name, "SOURCE") if ":" in name else globals()[name]
 
 
 class _Latents:

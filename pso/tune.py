@@ -208,7 +208,7 @@ def prepare(run: Run, hub: Hub) -> tuple[sources.Given, ModuleType, Probe]:
     policy.add_lora(model.lora_rank, model.lora_targets, run.seed)
     chain = chain_for(run.model, model, model.tuned_steps)
     names = {entry.reward, entry.tune.probe_reward} - {None}
-    metrics = {name: load_metric(name, config.metrics[name], hub, policy.device) for name in sorted(names)}
+    metrics = {name: load_metric(name, config.metrics[name], hub, policy.device, run.model) for name in sorted(names)}
     reward = metrics.get(entry.reward)
     given = sources.Given(policy, chain, cfg, run.seed, entry.tune.batch_size, reward=reward)
     dataset = config.datasets[entry.data]
@@ -232,7 +232,7 @@ def tune(run: Run) -> None:
     hub = Hub(hub_dir(run.config.scale, run.results))
     given, module, probe = prepare(run, hub)
     policy = given.policy
-    source = getattr(sources, module.SOURCE)(given)
+    source = sources.find(module.SOURCE)(given)
     optimizer = torch.optim.AdamW(policy.lora_parameters(), lr=tuning.learning_rate, weight_decay=tuning.weight_decay)
     optimizer = accelerator.prepare(optimizer)
     checkpoints = Checkpoints(run.folder / "state", resolved(run))
@@ -267,7 +267,7 @@ def tune(run: Run) -> None:
     meter.counts = {"unet_forwards": policy.unet_forwards + checkpoints.earlier_forwards}
     if hasattr(source, "reward_queries"):
         meter.counts["reward_queries"] = source.reward_queries
-    finish(run, hub, meter, journal, given, checkpoints)
+    finish(run, hub, meter, journal, given, checkpoints, source)
 
 
 def resolved(run: Run) -> dict:
@@ -282,7 +282,7 @@ def resolved(run: Run) -> dict:
     }
 
 
-def finish(run: Run, hub: Hub, meter: Meter, journal, given, checkpoints) -> None:
+def finish(run: Run, hub: Hub, meter: Meter, journal, given, checkpoints, source) -> None:
     """run.json and config.yaml; the checkpoints are not needed any more."""
     settings = resolved(run)
     more = {
@@ -292,6 +292,10 @@ def finish(run: Run, hub: Hub, meter: Meter, journal, given, checkpoints) -> Non
         "data": given.pairs.counts if given.pairs else {"prompts": len(given.prompts)},
         "lora_parameters": sum(p.numel() for p in given.policy.lora_parameters()),
     }
+    if given.reward is not None:
+        more["reward"] = given.reward.spec
+    if hasattr(source, "summary"):
+        more["source"] = source.summary()
     write_json(run.folder / "run.json", record("tune", settings, hub.inputs(), meter, **more))
     with atomic(run.folder / "config.yaml") as part:
         part.write_text(yaml.safe_dump(settings, sort_keys=False))
