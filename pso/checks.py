@@ -20,16 +20,19 @@ SCHEMA_DIR = ROOT / "workflow" / "schemas"
 NUM_TIMES = 1000  # of SDXL's schedule: t = 0..999
 STOCHASTIC = ("renoise", "ancestral")  # samplers whose transitions have a density
 
-# The formats of data that each class of pso/sources.py can work from; pairs have prompts as well.
+# The formats of data that each SOURCE, a class of pso/sources.py or module:class, can work from; pairs have
+# prompts as well.
 PAIRS = ("preference_parquet",)
+PROMPTS = ("caption_parquet", "caption_json", "parti_tsv", *PAIRS)
 SOURCES = {
     "PreferencePairs": PAIRS,
     "ContrastPairs": PAIRS,
     "Targets": PAIRS,
     "TargetsAgainstModel": PAIRS,
-    "OnlinePairs": ("caption_parquet", "caption_json", "parti_tsv", *PAIRS),
+    "OnlinePairs": PROMPTS,
+    "pso.stepwise:StepwisePairs": PROMPTS,
 }
-RANKED = ("OnlinePairs",)  # sources that need a reward
+RANKED = ("OnlinePairs", "pso.stepwise:StepwisePairs")  # sources that need a reward
 EMBEDDED = ("ContrastPairs",)  # sources that need embeddings
 
 RANGES = {  # JSON Schema's words -> ours, and when a value is outside

@@ -188,6 +188,15 @@ class Distil(Fit):
     warm_start: Fit
 
 
+class PreferenceModelFit(Fit):
+    """SPO's step-aware preference model, on a distilled model's predictions (baselines/preference_training.py)."""
+
+    data: Name = "pickapic_v2"
+    num_pairs: PositiveInt  # the first so many; a tenth of their prompts is held out
+    layers: PositiveInt = 4  # vision layers that know the time, from the last
+    weight_decay: Annotated[float, Field(ge=0)]
+
+
 class StandIn(Strict):
     """scales.yaml: how the stand-in hub is made."""
 
@@ -208,6 +217,7 @@ class ScaleEntry(Strict):
 
     caption: str  # what a reader of its tables must know
     standin: StandIn
+    preference_model: PreferenceModelFit | None = None
     dtype: Literal["float32"] = "float32"
     eval_seed: int = 0
     eval_batch: PositiveInt  # images per network call; a fixed shape, the last batch is padded

@@ -109,15 +109,20 @@ def check_tokenizers(pipeline: StableDiffusionXLPipeline) -> None:
             )
 
 
-def load_metric(name: str, entry: MetricEntry, hub: Hub, device):
-    """A scorer: `spec` and `score(images, prompts) -> Tensor [B]`; its spec tells its code and files by their hash."""
+def load_metric(name: str, entry: MetricEntry, hub: Hub, device, model: str | None = None):
+    """A scorer: `spec` and `score(images, prompts) -> Tensor [B]`; its spec tells its code and files by their hash.
+
+    `model`: what it is to be a reward for. A head with {model} in its file is made for each of them.
+    """
     module = import_module(entry.module, f"metrics.{name}.module")
     own, files = Hub(hub.root, hub.command), {}  # a hub that remembers the files of this scorer alone
     if entry.checkpoint is not None:
         files["model"] = _checkpoint(entry.checkpoint, own)
         files["processor"] = _processor(entry.checkpoint.processor or entry.checkpoint.repo, own)
     if entry.head is not None:
-        files["head"] = _checkpoint(entry.head, own)
+        if "{model}" in (entry.head.file or "") and model is None:
+            raise ConfigError(f"metrics.{name} has a head for each model, so it can only be a method's reward.")
+        files["head"] = _checkpoint(entry.head, own, model)
     try:
         scorer = module.load(files, device)
     except BROKEN as error:  # a file of another model, or a broken one
@@ -131,9 +136,9 @@ def load_metric(name: str, entry: MetricEntry, hub: Hub, device):
     return scorer
 
 
-def _checkpoint(checkpoint: Checkpoint, hub: Hub) -> Path:
+def _checkpoint(checkpoint: Checkpoint, hub: Hub, model: str | None = None) -> Path:
     if checkpoint.file is not None:
-        return hub.file(checkpoint.repo, checkpoint.file)
+        return hub.file(checkpoint.repo, checkpoint.file.replace("{model}", model or ""))
     hub.files(checkpoint.repo, "model*.safetensors")  # as transformers names them; others lie beside them unread
     hub.file(checkpoint.repo, "config.json")
     return hub.repo(checkpoint.repo)

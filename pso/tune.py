@@ -210,7 +210,7 @@ def prepare(run: Run, hub: Hub, device: torch.device) -> tuple[ModuleType, sourc
     config, entry = run.config, run.entry
     module, cfg, source = method_of(run)
     policy, chain = tuned_model(run, hub, device)
-    metrics = {name: load_metric(name, config.metrics[name], hub, policy.device) for name in run.metrics}
+    metrics = {name: load_metric(name, config.metrics[name], hub, policy.device, run.model) for name in run.metrics}
     reward = metrics.get(entry.reward)
     given = sources.Given(
         policy, chain, cfg, run.seed, entry.tune.batch_size, reward=reward, micro_batch=entry.tune.micro_batch
@@ -333,7 +333,7 @@ def tune(run: Run, accelerator: Accelerator) -> None:
     meter.counts = {"unet_forwards": policy.unet_forwards}
     if hasattr(source, "reward_queries"):
         meter.counts["reward_queries"] = source.reward_queries
-    about = {"resumed_at": checkpoints.resumed_at, "final": journal.last, **outcome(run, given)}
+    about = {"resumed_at": checkpoints.resumed_at, "final": journal.last, **outcome(run, given, source)}
     write_json(run.folder / "run.json", record("tune", settings, inputs, meter, **about))
     with atomic(run.folder / "config.yaml") as part:
         part.write_text(yaml.safe_dump(settings, sort_keys=False))
@@ -346,15 +346,18 @@ def code_of(run: Run, source) -> str:
     return fingerprint("pso.tune", run.entry.module, type(source).__module__, *scorers)
 
 
-def outcome(run: Run, given: sources.Given) -> dict:
+def outcome(run: Run, given: sources.Given, source) -> dict:
     """What was trained, for run.json."""
     planned = run.entry.tune.num_updates
-    return {
+    found = {
         "steps": {"planned": planned, "done": planned},
         "data": given.pairs.counts if given.pairs else {"prompts": len(given.prompts)},
         "lora_parameters": sum(p.numel() for p in given.policy.lora_parameters()),
         "numerics": given.policy.numerics,
     }
+    if given.reward is not None:
+        found["reward"] = given.reward.spec
+    return found | ({"source": source.summary()} if hasattr(source, "summary") else {})
 
 
 def inputs_of(hub: Hub, given: sources.Given) -> list[dict]:

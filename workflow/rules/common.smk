@@ -1,5 +1,6 @@
 # Look-ups only. Everything about models, methods and tables comes from pso.config, which is torch-free.
 
+from pso.checks import source_of
 from pso.config import job_environment, load
 from pso.entries import UNTUNED
 from pso.paths import LORA_FILE
@@ -20,6 +21,12 @@ STANDIN = CONFIG.scale_entry.standin
 BASE = f"results/{SCALE}"
 HUB = f"{BASE}/hub"
 HUB_STEPS = ("vae", "clip", "data", "judges", "teacher", "dmd2")
+SPM = CONFIG.scale_entry.preference_model
+PREFERENCE_MODELS = [
+    f"preference_model_{name}"
+    for name, model in CONFIG.models.items()
+    if SPM is not None and model.tuned_steps is not None
+]
 FIGURES = [
     f"{BASE}/figures/samples_{name}.png"
     for name in CONFIG.table_entries["table1"].eval_sets
@@ -65,6 +72,12 @@ def rewards(method):
     return sorted({entry.reward, entry.tune.probe_reward} - {None})
 
 
+def source_modules(method):
+    """Where a method's source has a module of its own, else nothing: pso.tune imports the others."""
+    source = source_of(CONFIG.methods[method].module) or ""
+    return [source] if ":" in source else []
+
+
 def scorer_settings(metric):
     """What decides a score; how it is printed does not."""
     return CONFIG.metrics[metric].model_dump(include={"module", "checkpoint", "head"})
@@ -92,6 +105,15 @@ def model_inputs(model):
     )
 
 
+def reward_inputs(method, model):
+    """The hub's steps that make a run's judges; a head for each model is made by a step of its own."""
+    heads = [CONFIG.metrics[m].head for m in rewards(method)]
+    own = any(head is not None and "{model}" in (head.file or "") for head in heads)
+    return (hub_inputs("clip", "judges") if rewards(method) else []) + (
+        hub_inputs(f"preference_model_{model}") if own else []
+    )
+
+
 def tune_inputs(wildcards):
     method = CONFIG.methods[wildcards.method]
     found = model_inputs(wildcards.model)
@@ -101,7 +123,7 @@ def tune_inputs(wildcards):
         found += hub_inputs("data")
     if method.embeddings is not None:
         found.append(f"{BASE}/cache/{method.embeddings}/{method.data}.safetensors")
-    return found + (hub_inputs("clip", "judges") if rewards(wildcards.method) else [])
+    return found + reward_inputs(wildcards.method, wildcards.model)
 
 
 def image_jobs(wildcards):

@@ -3,7 +3,7 @@
 
 rule hub:
     input:
-        hub_inputs(*HUB_STEPS),
+        hub_inputs(*HUB_STEPS, *PREFERENCE_MODELS),
 
 
 rule hub_vae:

@@ -22,6 +22,7 @@ rule tune:
         code=lambda w: fingerprint(
             "pso.tune",
             CONFIG.methods[w.method].module,
+            *source_modules(w.method),
             *(CONFIG.metrics[m].module for m in rewards(w.method)),
         ),
     shell:

@@ -1,0 +1,26 @@
+# SPO's step-aware preference model for one distilled model: trained on that model's own predictions.
+
+
+rule preference_model:
+    input:
+        hub_inputs("clip", "judges"),
+        lambda w: model_inputs(w.model),
+        lambda w: f"{BASE}/cache/{w.model}/{SPM.data}.safetensors",
+    output:
+        f"{HUB}/preference_model_{{model}}.json",
+        f"{HUB}/SPO-Diffusion-Models/Step-Aware_Preference_Models/{{model}}_step-aware_preference_model.safetensors",
+    log:
+        f"{BASE}/logs/preference_model-{{model}}.log",
+    conda:
+        "../../envs/pso-bench.yaml"
+    resources:
+        gpu=1,
+    params:
+        settings=SPM.model_dump() if SPM else None,
+        seed=STANDIN.seed,
+        model=lambda w: model_settings(w.model, CONFIG.models[w.model].tuned_steps),
+        scorer=scorer_settings("spm_lite"),
+        dtype=CONFIG.scale_entry.dtype,
+        code=fingerprint("baselines.preference_training"),
+    shell:
+        "python -m baselines.preference_training --model {wildcards.model} 2>&1 | tee {log}"
