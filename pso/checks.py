@@ -24,11 +24,13 @@ STOCHASTIC = ("renoise", "ancestral")  # samplers whose transitions have a densi
 PAIRS = ("preference_parquet",)
 SOURCES = {
     "PreferencePairs": PAIRS,
+    "ContrastPairs": PAIRS,
     "Targets": PAIRS,
     "TargetsAgainstModel": PAIRS,
     "OnlinePairs": ("caption_parquet", "caption_json", "parti_tsv", *PAIRS),
 }
 RANKED = ("OnlinePairs",)  # sources that need a reward
+EMBEDDED = ("ContrastPairs",)  # sources that need embeddings
 
 RANGES = {  # JSON Schema's words -> ours, and when a value is outside
     "exclusiveMinimum": ("above", operator.le),
@@ -71,6 +73,7 @@ def check_entries(config: Config) -> None:
     for name, method in config.methods.items():
         known(f"methods.{name}.data", method.data, config.datasets)
         known(f"methods.{name}.reward", method.reward, config.metrics)
+        known(f"methods.{name}.embeddings", method.embeddings, config.metrics)
         known(f"methods.{name}.tune.probe_reward", method.tune.probe_reward, config.metrics)
         check_objective(name, method)
         check_source(config, name, method)
@@ -232,6 +235,11 @@ def check_source(config: Config, name: str, method: MethodEntry) -> None:
         raise ConfigError(
             f"methods.{name}.reward is None; expected the name of a metric, by which {source} of {method.module} "
             "ranks its samples."
+        )
+    if source in EMBEDDED and method.embeddings is None:
+        raise ConfigError(
+            f"methods.{name}.embeddings is None; expected the name of a metric, by whose CLIP {source} of "
+            f"{method.module} compares its pairs."
         )
 
 

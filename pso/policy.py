@@ -34,6 +34,9 @@ class Conditioning:
     def rows(self, index: Tensor) -> "Conditioning":
         return Conditioning(self.hidden[index], self.pooled[index])
 
+    def followed_by(self, other: "Conditioning") -> "Conditioning":
+        return Conditioning(torch.cat([self.hidden, other.hidden]), torch.cat([self.pooled, other.pooled]))
+
     def __len__(self) -> int:
         return len(self.hidden)
 
@@ -117,9 +120,7 @@ class Policy:
         if self.guidance_scale <= 1:
             return self.eps(chain, n, x, condition)
         nothing = Conditioning(torch.zeros_like(condition.hidden), torch.zeros_like(condition.pooled))
-        both = Conditioning(
-            torch.cat([nothing.hidden, condition.hidden]), torch.cat([nothing.pooled, condition.pooled])
-        )
+        both = nothing.followed_by(condition)
         negative, positive = self.eps(chain, torch.cat([n, n]), torch.cat([x, x]), both).chunk(2)
         return negative + self.guidance_scale * (positive - negative)
 

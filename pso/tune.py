@@ -25,6 +25,7 @@ from pso import sources
 from pso.caches import PairCache, load_prompt_set
 from pso.checkpoint import Checkpoints
 from pso.config import ConfigError, add_arguments, check, from_arguments, import_module
+from pso.embeddings import PairEmbeddings
 from pso.entries import UNTUNED, Config, EvidenceConfig, MethodEntry
 from pso.evidence import Batch, Evidence, Side, gather, kl
 from pso.hub import Hub, hub_dir
@@ -135,7 +136,7 @@ class Objective:
 
 
 def _joined(parts: list[Tensor | None]) -> Tensor | None:
-    return None if parts[0] is None else torch.cat(parts)
+    return None if any(part is None for part in parts) else torch.cat(parts)  # no KL where a row has none
 
 
 def measures(target: Evidence, reference: Evidence | None, batch: Batch) -> dict:
@@ -218,6 +219,8 @@ def prepare(run: Run, hub: Hub, device: torch.device) -> tuple[ModuleType, sourc
     if dataset.format == "preference_parquet":
         given.pairs = PairCache(config.scale, run.model, entry.data, run.results)
         given.prompts, given.condition = given.pairs.prompts, given.pairs.condition(policy.device)
+        if entry.embeddings is not None:
+            given.embeddings = PairEmbeddings(config.scale, entry.embeddings, entry.data, given.pairs, run.results)
     else:
         given.prompts = [p.text for p in load_prompt_set(hub, dataset, entry.data)]
         given.condition = policy.encode_prompts(given.prompts)

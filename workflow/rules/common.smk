@@ -33,6 +33,7 @@ wildcard_constraints:
     model="|".join(CONFIG.models),
     method="|".join(CONFIG.methods),
     dataset="|".join(CONFIG.datasets),
+    metric="|".join(CONFIG.metrics),
     table="|".join(CONFIG.table_entries),
     seed=r"\d+",
 
@@ -98,6 +99,8 @@ def tune_inputs(wildcards):
         found.append(f"{BASE}/cache/{wildcards.model}/{method.data}.safetensors")
     else:
         found += hub_inputs("data")
+    if method.embeddings is not None:
+        found.append(f"{BASE}/cache/{method.embeddings}/{method.data}.safetensors")
     return found + (hub_inputs("clip", "judges") if rewards(wildcards.method) else [])
 
 
