@@ -48,16 +48,16 @@ class Batch:
     """What a source hands over for one update: B samples with one or two sides.
 
     prompts [B] CPU LongTensor, rows of the source's conditioning; tied [B] bool, pairs whose two
-    rewards were equal; embeddings, unit vectors [B, D] of the captions (text) and of both sides' pictures (target,
-    reference), where the source has them; log, plain numbers about the batch.
+    rewards were equal; log, plain numbers about the batch; embeddings, unit vectors [B, D] of the captions (text) and
+    of both sides' pictures (target, reference), where the source has them.
     """
 
     prompts: Tensor
     target: Side
     reference: Side | None = None
     tied: Tensor | None = None
-    embeddings: dict[str, Tensor] | None = None
     log: dict[str, float] = field(default_factory=dict)
+    embeddings: dict[str, Tensor] | None = None
 
     @property
     def sides(self) -> list[Side]:

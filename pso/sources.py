@@ -31,11 +31,11 @@ class Given:
     seed: int
     batch_size: int
     pairs: PairCache | None = None  # clean latents with prompts
-    embeddings: PairEmbeddings | None = None  # of the same pairs
     prompts: list[str] = field(default_factory=list)  # texts, for sources that only need prompts
     condition: Conditioning | None = None  # of `prompts`, or of the pairs' prompts
     reward: object | None = None  # score(images, prompts) -> Tensor [B]
     micro_batch: int = 256  # images sampled, decoded and scored at a time; changes no result
+    embeddings: PairEmbeddings | None = None  # of the pairs
 
 
 class _Latents:
@@ -231,7 +231,7 @@ class OnlinePairs:
         target, reference = (reverse_side(self.chain, here[side], n) for side in ("target", "reference"))
         log = {f"reward_{side}": here[f"reward_{side}"].mean().item() for side in ("target", "reference")}
         log["ties"] = here["tied"].float().mean().item()
-        return Batch(here["prompts"], target, reference, here["tied"].to(target.x.device), log=log)
+        return Batch(here["prompts"], target, reference, here["tied"].to(target.x.device), log)
 
     def _steps(self, update: int, count: int) -> Tensor:
         trained = self.given.chain.trained_steps
