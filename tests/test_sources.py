@@ -348,7 +348,7 @@ def test_a_shipped_method_gets_a_batch_from_its_source(scale, name):
     module = import_module(entry.module, name)
     cfg, size = check(module.Config, entry.objective, name), entry.tune.batch_size
     given = Given(FakePolicy(), Ancestral(TIMES), cfg, 0, size, FakePairs(), TEXTS, CONDITION, Judge())
-    batch = getattr(sources, module.SOURCE)(given).batch(0)
+    batch = sources.find(module.SOURCE)(given).batch(0)
     assert [len(side.n) for side in batch.sides] == [size] * (1 if module is diffusion else 2)
 
 
