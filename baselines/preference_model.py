@@ -140,9 +140,7 @@ def load_distilled(files: dict[str, Path], device) -> StepScorer:
         conditioning.load_state_dict(state, strict=True)
     except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{path} is no step-aware preference model for this PickScore ({first}); train it again"
-        ) from error
+        raise ValueError(f"{path} is no preference model on this PickScore ({first}); train it again") from error
     used = [t for t in about["times"] if about["agreement"].get(str(t), {}).get("verdict") == GO]
     scored_by = {str(t): "spm_distilled" if t in used else "spm_lite" for t in about["times"]}
     spec = {"metric": "spm_distilled", "scored_by": scored_by, "agreement": about["agreement"]}

@@ -8,7 +8,9 @@ once. How many a round yields is up to the reward: what is left over after the l
 into the next one (the authors train on it in a smaller batch).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +38,15 @@ class Counts:
     forks: list[int] = field(default_factory=list)  # in all, per time
     accepted: list[int] = field(default_factory=list)
     last: list[float] = field(default_factory=lambda: [0.0, 0.0])  # share accepted and mean gap
+
+
+class Found(NamedTuple):
+    """A fork of a few prompts: its place in the trajectory, gaps [B], which were kept [B], and their pairs."""
+
+    fork: int
+    gaps: Tensor
+    kept: Tensor
+    pairs: dict[str, Tensor]
 
 
 class StepwisePairs:
@@ -88,47 +99,44 @@ class StepwisePairs:
         given, cfg = self.given, self.cfg
         prompts = torch.tensor(pair_indices(number, cfg.prompts_per_round, len(given.prompts), given.seed))
         at_once = max(1, given.micro_batch // cfg.candidates)
-        found = [
-            pairs
-            for start in range(0, len(prompts), at_once)
-            for pairs in self._part(number, start, prompts[start : start + at_once])
-        ]
-        counts = self.counts
-        gaps = torch.cat([gap for _, gap, _ in found])
-        kept = gaps > cfg.threshold
-        counts.last = [kept.float().mean().item(), gaps.mean().item()]
-        counts.rounds = number + 1
-        for index, gap, _ in found:
-            counts.forks[index] += len(gap)
-            counts.accepted[index] += int((gap > cfg.threshold).sum())
-        joined = {k: torch.cat([pairs[k] for _, _, pairs in found]) for k in found[0][2]}
+        parts = range(0, len(prompts), at_once)
+        found = [one for start in parts for one in self._part(number, start, prompts[start : start + at_once])]
+        found.sort(key=lambda one: one.fork)  # then by prompt: in how many parts it was made leaves no trace
+        self._count(number, found)
+        joined = {k: torch.cat([one.pairs[k] for one in found]) for k in found[0].pairs}
         shuffle = torch.Generator().manual_seed(keyed_seed(given.seed, "shuffle", number))
         order = torch.randperm(len(joined["n"]), generator=shuffle)
         new = {k: v[order.to(v.device)] for k, v in joined.items()}
         self.buffer = {k: torch.cat([self.buffer[k], v]) for k, v in new.items()} if self.buffer else new
 
-    def _part(self, number: int, first: int, prompts: Tensor):
-        """(fork, gaps [B], pairs that were kept) of every fork of a few prompts."""
+    def _part(self, number: int, first: int, prompts: Tensor) -> Iterator[Found]:
+        """Every fork of a few prompts, the `first` and following ones of the round."""
         given, cfg = self.given, self.cfg
         where = [(given.seed, "rollout", number, first + i) for i in range(len(prompts))]
-        keys = [(*key, "pair") for key in where]
-        names = CANDIDATES[: cfg.candidates]
-        condition = given.condition.rows(prompts)
         made = forks(
             given.policy,
             given.chain,
-            condition,
-            keys,
-            [[(*key, name) for key in where] for name in names],
+            given.condition.rows(prompts),
+            [(*key, "pair") for key in where],
+            [[(*key, name) for key in where] for name in CANDIDATES[: cfg.candidates]],
             cfg.inner_steps,
             micro_batch=given.micro_batch,
         )
+        rows = torch.arange(len(prompts))
         for index, fork in enumerate(made):
             scores = self._scores(fork, prompts)
             best, worst = scores.argmax(1), scores.argmin(1)
-            rows = torch.arange(len(prompts))
-            gap = ((scores[rows, best] - scores[rows, worst]) / 2).tanh()  # p_best - p_worst of a softmax of two
-            yield index, gap, segments(fork, prompts, best, worst, gap > cfg.threshold)
+            gaps = ((scores[rows, best] - scores[rows, worst]) / 2).tanh()  # p_best - p_worst of a softmax of two
+            kept = gaps > cfg.threshold
+            yield Found(index, gaps, kept, segments(fork, prompts, best, worst, kept))
+
+    def _count(self, number: int, found: list[Found]) -> None:
+        counts = self.counts
+        kept, gaps = (torch.cat([getattr(one, k) for one in found]) for k in ("kept", "gaps"))
+        counts.rounds, counts.last = number + 1, [kept.float().mean().item(), gaps.mean().item()]
+        for one in found:
+            counts.forks[one.fork] += len(one.kept)
+            counts.accepted[one.fork] += int(one.kept.sum())
 
     def _scores(self, fork: Fork, prompts: Tensor) -> Tensor:
         """The reward of every candidate [B, K], on the CPU. Images are dropped once they are scored."""

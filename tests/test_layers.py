@@ -18,6 +18,7 @@ FILES = {
 }
 STANDARD = sys.stdlib_module_names
 CHAIN = ("pso.mdp", "pso.evidence", "pso.policy", "pso.models", "pso.rollout", "pso.sources", "pso.tune")
+BRANCHING = ("pso.rollout", "pso.forks", "pso.sources", "pso.stepwise", "pso.tune")  # tune finds stepwise by its path
 TORCH_FREE = [
     *(f"eval.{name}" for name in ("stats", "scores", "tables", "compare", "claims", "figures", "cost", "readme")),
     *(
@@ -41,7 +42,8 @@ METRICS = [name for name in FILES if name.startswith("eval.metrics.")]
 LOSSES = [
     name
     for name, path in FILES.items()
-    if (path.parent.name == "pso" and path.stem.startswith("pso")) or (name.startswith("baselines."))
+    if (path.parent.name == "pso" and path.stem.startswith("pso"))
+    or (name.startswith("baselines.") and "\ndef loss(" in path.read_text())
 ]
 
 
@@ -135,7 +137,8 @@ def test_a_loss_imports_only_torch_and_its_contract(module):
 
 
 def test_there_are_metrics_and_losses_to_look_at():
-    assert len(METRICS) >= 5 and {"pso.pso", "pso.pso_offline", "pso.pso_online", "baselines.diffusion"} <= set(LOSSES)
+    assert len(METRICS) >= 5 and {"pso.pso", "pso.pso_offline", "pso.pso_online"} <= set(LOSSES)
+    assert {"baselines.diffusion", "baselines.spo"} <= set(LOSSES)
 
 
 # ---- directions ----
@@ -145,6 +148,11 @@ def test_there_are_metrics_and_losses_to_look_at():
 def test_no_link_of_the_chain_imports_a_later_one(module):
     later = set(CHAIN[CHAIN.index(module) + 1 :])
     assert closure(module) & later == set()
+
+
+@pytest.mark.parametrize("module", BRANCHING)
+def test_no_link_of_the_branching_chain_imports_a_later_one(module):
+    assert closure(module) & set(BRANCHING[BRANCHING.index(module) + 1 :]) == set()
 
 
 def test_the_chain_is_complete():

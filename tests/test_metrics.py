@@ -21,7 +21,7 @@ from pso.miniature.clip import new_clip, save_clip
 from pso.miniature.judges import new_head
 from pso.miniature.text import WINDOW, write_tokenizer
 
-METRICS = load().metrics
+METRICS = {name: entry for name, entry in load().metrics.items() if not name.startswith("spm_")}  # rewards only
 CAPTIONS = list(world.OF_CAPTION)[::40]
 
 

@@ -53,7 +53,7 @@ def folder(results: Path, method: str) -> Path:
     return results / "smoke" / "preference" / "sdxl_dmd2" / method / "seed0"
 
 
-@pytest.mark.parametrize("method", ["pso_offline", "pso_online", "pso", "diffusion"])
+@pytest.mark.parametrize("method", ["pso_offline", "pso_online", "pso", "diffusion", "spo_transplant"])
 def test_kill_and_resume_gives_the_same_lora_bit_for_bit(method, with_hub, smoke, tmp_path_factory):
     assert tune(with_hub, method, program=("-c", KILLED)).returncode == -9
     state, log = (folder(with_hub, method) / name for name in ("state", "train.jsonl"))

@@ -258,16 +258,19 @@ class FakePolicy:
 
 
 class Judge(Brightness):
-    """Remembers which texts it was asked about, and how many images at a time."""
+    """Remembers which texts it was asked about, how many images at a time, and at which times."""
 
-    def __init__(self):
-        self.texts, self.sizes = [], []
+    step_aware = True
 
-    def score(self, images, prompts):
+    def __init__(self, scale: float = 1.0):
+        self.texts, self.sizes, self.times, self.scale = [], [], [], scale
+
+    def score(self, images, prompts, t=0):
         assert len(images) == len(prompts)
         self.texts += prompts
         self.sizes.append(len(images))
-        return super().score(images, prompts)
+        self.times.append(t)
+        return self.scale * super().score(images, prompts)
 
 
 # ---- golden numbers of the authors' functions, spec/pso.md, Section 6.2 ----
