@@ -6,7 +6,7 @@ import pytest
 from test_config import SHIPPED, nested, parse_shipped_files_once, refusal  # noqa: F401
 
 from pso.checks import NUM_TIMES, SOURCES, source_of
-from pso.config import ROOT, load
+from pso.config import ROOT, import_module, load
 
 DMD2, ROW = "models.sdxl_dmd2", {"label": "x", "model": "sdxl_dmd2", "method": "untuned", "steps": 4}
 
@@ -161,9 +161,9 @@ def test_a_module_of_this_repository_needs_a_source_that_there_is(monkeypatch, t
 
 @pytest.mark.parametrize("module", sorted({entry["module"] for entry in METHODS.values()}))
 def test_the_source_that_is_read_is_the_modules_own(module):
-    from importlib import import_module
+    import importlib
 
-    assert source_of(module) == import_module(module).SOURCE in SOURCES
+    assert source_of(module) == importlib.import_module(module).SOURCE in SOURCES
 
 
 def test_sources_and_their_formats_are_those_of_the_code():
@@ -174,5 +174,5 @@ def test_sources_and_their_formats_are_those_of_the_code():
     classes = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
     elsewhere = {name for name in SOURCES if ":" in name}
     assert {name for name in classes if hasattr(getattr(sources, name), "batch")} == set(SOURCES) - elsewhere
-    assert all(hasattr(sources.find(name), "batch") for name in elsewhere)
+    assert all(hasattr(import_module(name, "SOURCE"), "batch") for name in elsewhere)
     assert set(SOURCES["OnlinePairs"]) == {*READERS, "preference_parquet"}

@@ -2,7 +2,6 @@
 
 import json
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from baselines import preference_training as training
 from eval.metrics import pick_score
 from pso.config import ROOT, ConfigError, load
 from pso.entries import PreferenceModelFit
+from pso.hub import Hub
 from pso.mdp import Renoise
 from pso.miniature import world
 from pso.miniature.clip import new_clip, save_clip
@@ -220,10 +220,10 @@ def test_the_entries_the_job_and_the_rule_name_one_file():
     assert re.search(r"\{\{model\}\}(_[\w-]+\.safetensors)", rule)[1] == training.file_name("")
 
 
-def test_a_head_for_each_model_is_for_rewards_only():
-    hub = SimpleNamespace(weights=lambda repo: None, repo=lambda repo: repo)
+def test_a_head_for_each_model_is_for_rewards_only(tmp_path):
+    scorer = METRICS["spm_distilled"].model_copy(update={"checkpoint": None})
     with pytest.raises(ConfigError, match="metrics.spm_distilled has a head for each model, so it can only be a meth"):
-        load_metric("spm_distilled", METRICS["spm_distilled"], hub, "cpu")
+        load_metric("spm_distilled", scorer, Hub(tmp_path), "cpu")
 
 
 # ---- the loss ----

@@ -30,7 +30,7 @@ from toy import (
 )
 
 from baselines import diffusion
-from pso import pso, pso_offline, pso_online, sources
+from pso import pso, pso_offline, pso_online
 from pso.config import ROOT, ConfigError, check, import_module, load
 from pso.mdp import Ancestral, Renoise
 from pso.rollout import INITIAL, keyed_noise, keyed_seed
