@@ -25,7 +25,9 @@ def run(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.Compl
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=1200)
 
 
-def snakemake(*arguments: str, cwd: Path, scale: str = "smoke", settings=None) -> subprocess.CompletedProcess:
+def snakemake(
+    *arguments: str, cwd: Path, scale: str = "smoke", settings=None, **environment: str
+) -> subprocess.CompletedProcess:
     """The workflow on a folder of its own: `--directory` is where results/ appears."""
     given = []
     if settings is not None:
@@ -33,7 +35,7 @@ def snakemake(*arguments: str, cwd: Path, scale: str = "smoke", settings=None) -
         (cwd / "settings.json").write_text(json.dumps(settings))
     return run(
         "snakemake", "--snakefile", str(ROOT / "workflow" / "Snakefile"), "--directory", str(cwd), "--cores", "2",
-        *arguments, *given, "--config", f"scale={scale}", cwd=cwd,
+        *arguments, *given, "--config", f"scale={scale}", cwd=cwd, **environment,
     )  # fmt: skip
 
 
