@@ -42,6 +42,23 @@ def cache_file(scale: str, model: str, dataset: str, results: Path = RESULTS) ->
     return scale_dir(scale, results) / "cache" / model / f"{dataset}.safetensors"
 
 
+def read_cache(path: Path, command: str) -> tuple[dict[str, Tensor], dict, list[dict]]:
+    """Tensors, what their .json tells, and the inputs for run.json: the cache and the files that it was made from."""
+    again = f"`{command}` makes it"
+    if not path.exists():
+        raise UserError(f"{path} is missing; {again}.")
+    sha256 = sha256_of(path)
+    try:
+        about = json.loads(path.with_suffix(".json").read_text())
+        tensors = load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path} and its .json cannot be read ({error}); {again} anew.") from error
+    if about.get("sha256") != sha256:  # written one after the other: a kill in between leaves two of different age
+        raise UserError(f"{path} is not the file that its .json describes (its sha256 differs); {again} anew.")
+    name = str(path.relative_to(path.parents[2]))  # from the scale's folder
+    return tensors, about, [{"file": name, "sha256": sha256}, *about["inputs"]]
+
+
 class PairCache:
     """Pairs of clean latents. `prompt_index` [P] points into `prompts` and `condition`.
 
@@ -50,22 +67,11 @@ class PairCache:
 
     def __init__(self, scale: str, model: str, dataset: str, results: Path = RESULTS):
         path = cache_file(scale, model, dataset, results)
-        again = f"`python -m pso.caches --model {model} --dataset {dataset}` makes it"
-        if not path.exists():
-            raise UserError(f"{path} is missing; {again}.")
-        sha256 = sha256_of(path)
-        try:
-            about = json.loads(path.with_suffix(".json").read_text())
-            self.tensors = load_file(path)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"{path} and its .json cannot be read ({error}); {again} anew.") from error
-        if about.get("sha256") != sha256:  # written one after the other: a kill in between leaves two of different age
-            raise UserError(f"{path} is not the file that its .json describes (its sha256 differs); {again} anew.")
+        command = f"python -m pso.caches --model {model} --dataset {dataset}"
+        self.tensors, about, self.inputs = read_cache(path, command)
         self.prompts: list[str] = about["prompts"]
         self.counts: dict = about["counts"]
         self.prompt_index = self.tensors["prompt_index"]
-        name = str(path.relative_to(scale_dir(scale, results)))
-        self.inputs: list[dict] = [{"file": name, "sha256": sha256}, *about["inputs"]]
 
     def __len__(self) -> int:
         return len(self.prompt_index)

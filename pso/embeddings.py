@@ -6,24 +6,23 @@ One vector per caption and one per picture, in the order of the latents (pso/cac
 """
 
 import argparse
-import json
 import logging
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from pso.caches import SIDES, PairCache
+from pso.caches import SIDES, PairCache, read_cache
 from pso.config import ConfigError, add_arguments, from_arguments
 from pso.data import iter_pairs, parse_image
 from pso.entries import Config
 from pso.hub import Hub, hub_dir
 from pso.models import load_metric
 from pso.paths import RESULTS, scale_dir
-from pso.provenance import Meter, UserError, atomic, record, sentences, write_json
+from pso.provenance import Meter, UserError, atomic, record, sentences, sha256_of, write_json
 
 log = logging.getLogger("embeddings")
 BATCH = 64
@@ -34,17 +33,15 @@ def embeddings_file(scale: str, metric: str, dataset: str, results: Path = RESUL
 
 
 class PairEmbeddings:
-    """The embeddings of a PairCache's pairs."""
+    """The embeddings of a PairCache's pairs. `inputs`: the file and those that it was made from, for run.json."""
 
     def __init__(self, scale: str, metric: str, dataset: str, pairs: PairCache, results: Path = RESULTS):
         path = embeddings_file(scale, metric, dataset, results)
-        command = f"`python -m pso.embeddings --metric {metric} --dataset {dataset}`"
-        if not path.exists():
-            raise UserError(f"{path} is missing; {command} makes it.")
-        self.tensors, self.prompt_index = load_file(path), pairs.prompt_index
-        about = json.loads(path.with_suffix(".json").read_text())
+        command = f"python -m pso.embeddings --metric {metric} --dataset {dataset}"
+        self.tensors, about, self.inputs = read_cache(path, command)
+        self.prompt_index = pairs.prompt_index
         if about["prompts"] != pairs.prompts or len(self.tensors["target"]) != len(pairs):
-            raise UserError(f"{path} is of other pairs than the cached latents; {command} makes it anew.")
+            raise UserError(f"{path} is of other pairs than the cached latents; `{command}` makes it anew.")
 
     def rows(self, index: list[int], device) -> dict[str, Tensor]:
         """Unit vectors [B, D] of captions and of both pictures, float32."""
@@ -87,7 +84,8 @@ def build(config: Config, metric: str, dataset: str, results: Path) -> None:
     settings = {"scale": config.scale, "metric": {metric: config.metrics[metric].model_dump()}}
     settings["dataset"] = {dataset: entry.model_dump()}
     about = {"spec": clip.spec, "prompts": texts, "counts": reader.counts.as_dict()}
-    write_json(path.with_suffix(".json"), {**record("embeddings", settings, hub.inputs(), meter), **about})
+    about |= record("embeddings", settings, hub.inputs(), meter, sha256=sha256_of(path))
+    write_json(path.with_suffix(".json"), about)
     log.info("%s", reader.counts.sentence())
 
 

@@ -20,9 +20,11 @@ from pso.config import ConfigError, check, load
 from pso.data import parse_image
 from pso.embeddings import PairEmbeddings, embeddings_file
 from pso.evidence import EvidenceConfig, gather
+from pso.hub import Hub
 from pso.mdp import Ancestral, Renoise
 from pso.provenance import UserError
 from pso.sources import ContrastPairs, Given
+from pso.tune import inputs_of
 
 CONFIGS = {
     diffusion_dpo: {"beta": 100.0},
@@ -222,6 +224,10 @@ def test_the_file_holds_every_pair_once_in_its_order(built):
     about = json.loads(embeddings_file("smoke", "clip_score", "pickapic_v2", built).with_suffix(".json").read_text())
     assert about["counts"]["dropped"]["tie"] == 1 and about["spec"] == {"metric": "fake"}
     assert len(about["inputs"]) == 2 and about["job"] == "embeddings"
+    assert found.inputs == [
+        {"file": "cache/clip_score/pickapic_v2.safetensors", "sha256": about["sha256"]},
+        *about["inputs"],
+    ]
 
 
 def test_a_file_of_other_pairs_is_refused(built):
@@ -233,6 +239,21 @@ def test_a_file_of_other_pairs_is_refused(built):
         UserError, match="is missing; `python -m pso.embeddings --metric pick_score --dataset pickapic_"
     ):
         PairEmbeddings("smoke", "pick_score", "pickapic_v2", OfTheFile(), built)
+
+
+def test_a_damaged_file_is_refused(built):
+    path = embeddings_file("smoke", "clip_score", "pickapic_v2", built)
+    path.write_bytes(path.read_bytes()[:-2] + b"xx")
+    with pytest.raises(UserError, match="sha256 differs.; `python -m pso.embeddings --metric clip_score .* it anew"):
+        PairEmbeddings("smoke", "clip_score", "pickapic_v2", OfTheFile(), built)
+
+
+def test_the_files_behind_embeddings_stand_in_the_record_of_a_run(built):
+    given = new(rpo).given
+    given.pairs.inputs = [{"file": "latents", "sha256": "0"}]
+    given.embeddings = PairEmbeddings("smoke", "clip_score", "pickapic_v2", OfTheFile(), built)
+    names = [entry["file"] for entry in inputs_of(Hub(built), given)]
+    assert names[:2] == ["latents", "cache/clip_score/pickapic_v2.safetensors"] and len(names) == 4
 
 
 def test_a_metric_that_embeds_nothing_is_refused(built):
