@@ -22,7 +22,7 @@ rule latents:
         "python -m pso.caches --model {wildcards.model} --dataset {wildcards.dataset} 2>&1 | tee {log}"
 
 
-rule embeddings: # only for methods that compare pair with pair
+rule embeddings:  # only for methods that compare pair with pair
     input:
         hub_inputs("data", "clip", "judges"),
     output:
@@ -35,8 +35,6 @@ rule embeddings: # only for methods that compare pair with pair
     params:
         metric=lambda w: scorer_settings(w.metric),
         dataset=lambda w: CONFIG.datasets[w.dataset].model_dump(),
-        code=lambda w: fingerprint(
-            "pso.embeddings", CONFIG.metrics[w.metric].module
-        ),
+        code=lambda w: fingerprint("pso.embeddings", CONFIG.metrics[w.metric].module),
     shell:
         "python -m pso.embeddings --metric {wildcards.metric} --dataset {wildcards.dataset} 2>&1 | tee {log}"
