@@ -45,11 +45,11 @@ class ClipScorer:
     @torch.no_grad()
     def text_features(self, prompts: list[str]) -> Tensor:
         """Unit vectors [B, D], each prompt encoded once. Prompts beyond the window are cut by the tokenizer."""
-        new = [p for p in dict.fromkeys(prompts) if p not in self.text]
-        if new:
-            tokens = self.tokenizer(new, padding="max_length", truncation=True, return_tensors="pt").to(self.device)
-            found = F.normalize(self.model.get_text_features(**tokens).pooler_output.float(), dim=-1)
-            self.text |= dict(zip(new, found, strict=True))
+        for prompt in (p for p in dict.fromkeys(prompts) if p not in self.text):
+            # alone, because a batch changes the last bits: a resumed run would not see the scores it saw before
+            tokens = self.tokenizer([prompt], padding="max_length", truncation=True, return_tensors="pt")
+            found = self.model.get_text_features(**tokens.to(self.device)).pooler_output[0].float()
+            self.text[prompt] = F.normalize(found, dim=-1)
         return torch.stack([self.text[p] for p in prompts])
 
     def score(self, images: list[Image.Image], prompts: list[str]) -> Tensor:

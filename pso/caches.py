@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from pso.hub import Hub, hub_dir
 from pso.models import load_policy
 from pso.paths import RESULTS, scale_dir
 from pso.policy import Conditioning, Policy
-from pso.provenance import Meter, UserError, atomic, record, sentences, write_json
+from pso.provenance import Meter, UserError, atomic, record, sentences, sha256_of, write_json
 
 log = logging.getLogger("caches")
 BATCH = 64
@@ -42,17 +43,29 @@ def cache_file(scale: str, model: str, dataset: str, results: Path = RESULTS) ->
 
 
 class PairCache:
-    """Pairs of clean latents. `prompt_index` [P] points into `prompts` and `condition`."""
+    """Pairs of clean latents. `prompt_index` [P] points into `prompts` and `condition`.
+
+    `inputs`: the cache itself and the files that it was made from, for run.json.
+    """
 
     def __init__(self, scale: str, model: str, dataset: str, results: Path = RESULTS):
         path = cache_file(scale, model, dataset, results)
+        again = f"`python -m pso.caches --model {model} --dataset {dataset}` makes it"
         if not path.exists():
-            raise UserError(f"{path} is missing; `python -m pso.caches --model {model} --dataset {dataset}` makes it.")
-        self.tensors = load_file(path)
-        about = json.loads(path.with_suffix(".json").read_text())
+            raise UserError(f"{path} is missing; {again}.")
+        sha256 = sha256_of(path)
+        try:
+            about = json.loads(path.with_suffix(".json").read_text())
+            self.tensors = load_file(path)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"{path} and its .json cannot be read ({error}); {again} anew.") from error
+        if about.get("sha256") != sha256:  # written one after the other: a kill in between leaves two of different age
+            raise UserError(f"{path} is not the file that its .json describes (its sha256 differs); {again} anew.")
         self.prompts: list[str] = about["prompts"]
         self.counts: dict = about["counts"]
         self.prompt_index = self.tensors["prompt_index"]
+        name = str(path.relative_to(scale_dir(scale, results)))
+        self.inputs: list[dict] = [{"file": name, "sha256": sha256}, *about["inputs"]]
 
     def __len__(self) -> int:
         return len(self.prompt_index)
@@ -115,7 +128,8 @@ def build(config: Config, model: str, dataset: str, results: Path) -> None:
         save_file({k: v.contiguous() for k, v in tensors.items()}, part)
     about = {"prompts": list(prompts), "counts": reader.counts.as_dict(), "quarantine": reader.quarantine}
     settings = {"scale": config.scale, "model": model, "dataset": {dataset: entry.model_dump()}}
-    write_json(path.with_suffix(".json"), {**record("latents", settings, hub.inputs(), meter), **about})
+    about |= record("latents", settings, hub.inputs(), meter, sha256=sha256_of(path))
+    write_json(path.with_suffix(".json"), about)
     log.info("%s", reader.counts.sentence())
 
 

@@ -1,77 +1,142 @@
 """Checkpoints of a run: state/update{k}/, written whole or not at all, the last two kept."""
 
+import hashlib
+import io
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
+from torch import Tensor
 
 from pso.policy import Policy
-from pso.provenance import UserError, digest
+from pso.provenance import Meter, UserError, digest, sha256_of
 
+log = logging.getLogger("tune")
 KEPT = 2
+PROGRESS = "progress.json"
+
+
+class NotWhole(ValueError):
+    """A checkpoint with a file that is missing or not as it was written; the text is the file's name."""
 
 
 class Checkpoints:
-    """Saves LoRA, optimiser, source and counts; everything else is a function of seed and update."""
+    """Saves LoRA, optimiser, source and cost; everything else is a function of seed and update.
 
-    def __init__(self, folder: Path, settings: dict):
-        self.folder, self.settings = Path(folder), digest(settings)
+    `made_from` holds what decides the numbers ("settings", "weights and data", "code"): a checkpoint made
+    from anything else is refused. `meter` counts on from the sessions before.
+    """
+
+    def __init__(self, folder: Path, made_from: dict, meter: Meter):
+        self.folder, self.meter = Path(folder), meter
+        self.made_from = {name: digest(value) for name, value in made_from.items()}
         self.resumed_at: list[int] = []
-        self.earlier_forwards = 0
 
     def _all(self) -> list[Path]:
         return sorted(self.folder.glob("update[0-9]*"))
 
     def save(self, update: int, policy: Policy, optimizer, source) -> None:
-        final = self.folder / f"update{update:07d}"
-        part = self.folder / f".update{update:07d}.part"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        """Everything goes to bytes first, so that a full disk shows as an OSError whatever the library."""
+        self.meter.counts["unet_forwards"] = policy.unet_forwards
+        files = {"lora.safetensors": _tensors(policy.lora_state()), "optimizer.pt": _pickled(optimizer.state_dict())}
+        if hasattr(source, "state"):
+            files["source.safetensors"] = _tensors(source.state())
+        progress = {
+            "update": update,
+            "made_from": self.made_from,
+            "resumed_at": self.resumed_at,
+            "cost": self.meter.cost(),
+            "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        }
+        self._write(update, {**files, PROGRESS: json.dumps(progress).encode()})
+        for old in self._all()[:-KEPT]:
+            shutil.rmtree(old)
+
+    def _write(self, update: int, files: dict[str, bytes]) -> None:
+        final, part = self.folder / f"update{update:07d}", self.folder / f".update{update:07d}.part"
         try:
-            save_file({k: v.contiguous() for k, v in policy.lora_state().items()}, part / "lora.safetensors")
-            torch.save(optimizer.state_dict(), part / "optimizer.pt")
-            if hasattr(source, "state"):
-                save_file({k: v.contiguous() for k, v in source.state().items()}, part / "source.safetensors")
-            progress = {
-                "update": update,
-                "settings": self.settings,
-                "resumed_at": self.resumed_at,
-                "unet_forwards": self.earlier_forwards + policy.unet_forwards,
-            }
-            (part / "progress.json").write_text(json.dumps(progress))
-            for file in part.iterdir():
-                with open(file, "rb+") as handle:
-                    os.fsync(handle.fileno())
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            for name, content in files.items():
+                with open(part / name, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
             os.replace(part, final)
         except OSError as error:
             raise UserError(
-                f"could not write the checkpoint {final}: {error.strerror or error}; the one before is kept. "
+                f"could not write the checkpoint {final}: {error.strerror or error}; earlier ones are kept. "
                 "Make room, then run the same command again."
             ) from error
         finally:
             shutil.rmtree(part, ignore_errors=True)
-        for old in self._all()[:-KEPT]:
-            shutil.rmtree(old)
 
     def restore(self, policy: Policy, optimizer, source) -> int:
-        """Load the newest checkpoint; its update, or 0 if there is none."""
+        """Load the newest checkpoint that is whole; its update, or 0 if there is none."""
+        shutil.rmtree(self._gone, ignore_errors=True)
         found = self._all()
-        if not found:
-            return 0
-        newest = found[-1]
-        progress = json.loads((newest / "progress.json").read_text())
-        if progress["settings"] != self.settings:
+        for folder in reversed(found):
+            try:
+                progress = _read(folder)
+            except NotWhole as error:
+                log.warning("%s is not whole (%s is missing or damaged); it is removed.", folder, error)
+                shutil.rmtree(folder)
+                continue
+            self._refuse_others(folder, progress["made_from"])
+            policy.set_lora_state(load_file(folder / "lora.safetensors"))
+            optimizer.load_state_dict(torch.load(folder / "optimizer.pt", policy.device, weights_only=True))
+            if hasattr(source, "set_state"):
+                source.set_state(load_file(folder / "source.safetensors"))
+            self.resumed_at = [*progress["resumed_at"], progress["update"]]
+            self.meter.earlier = progress["cost"]
+            log.info("continuing after update %d", progress["update"])
+            return progress["update"]
+        if found:
+            log.warning("%s holds no whole checkpoint; this run starts anew.", self.folder)
+        return 0
+
+    def _refuse_others(self, folder: Path, made_from: dict) -> None:
+        other = ", ".join(name for name, value in self.made_from.items() if made_from.get(name) != value)
+        if other:
             raise UserError(
-                f"{newest} was written with other settings; remove {self.folder} to start this run anew, "
-                "or put the settings back."
+                f"{folder} was written with other {other}; remove {self.folder} to start this run anew, "
+                "or put back what differs and run the same command again."
             )
-        policy.set_lora_state(load_file(newest / "lora.safetensors"))
-        optimizer.load_state_dict(torch.load(newest / "optimizer.pt", map_location=policy.device, weights_only=True))
-        if hasattr(source, "set_state"):
-            source.set_state(load_file(newest / "source.safetensors"))
-        self.resumed_at = [*progress["resumed_at"], progress["update"]]
-        self.earlier_forwards = progress["unet_forwards"]
-        return progress["update"]
+
+    @property
+    def _gone(self) -> Path:
+        return self.folder.with_name(f".{self.folder.name}.gone")
+
+    def remove(self) -> None:
+        """At the end of the run. Renamed first: a kill in between must not leave a part that looks like a state."""
+        shutil.rmtree(self._gone, ignore_errors=True)
+        if self.folder.exists():
+            os.replace(self.folder, self._gone)
+            shutil.rmtree(self._gone, ignore_errors=True)
+
+
+def _tensors(state: dict[str, Tensor]) -> bytes:
+    return save({k: v.contiguous() for k, v in state.items()})
+
+
+def _pickled(content) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def _read(folder: Path) -> dict:
+    """progress.json, once every file that it lists is seen to be what was written."""
+    try:
+        progress = json.loads((folder / PROGRESS).read_text())
+        listed = progress["files"]
+    except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
+        raise NotWhole(PROGRESS) from error
+    for name, sha256 in listed.items():
+        if not (folder / name).is_file() or sha256_of(folder / name) != sha256:
+            raise NotWhole(name)
+    return progress

@@ -26,12 +26,14 @@ PAIRS = ("preference_parquet",)
 PROMPTS = ("caption_parquet", "caption_json", "parti_tsv", *PAIRS)
 SOURCES = {
     "PreferencePairs": PAIRS,
+    "ContrastPairs": PAIRS,
     "Targets": PAIRS,
     "TargetsAgainstModel": PAIRS,
     "OnlinePairs": PROMPTS,
     "pso.stepwise:StepwisePairs": PROMPTS,
 }
 RANKED = ("OnlinePairs", "pso.stepwise:StepwisePairs")  # sources that need a reward
+EMBEDDED = ("ContrastPairs",)  # sources that need embeddings
 
 RANGES = {  # JSON Schema's words -> ours, and when a value is outside
     "exclusiveMinimum": ("above", operator.le),
@@ -74,6 +76,7 @@ def check_entries(config: Config) -> None:
     for name, method in config.methods.items():
         known(f"methods.{name}.data", method.data, config.datasets)
         known(f"methods.{name}.reward", method.reward, config.metrics)
+        known(f"methods.{name}.embeddings", method.embeddings, config.metrics)
         known(f"methods.{name}.tune.probe_reward", method.tune.probe_reward, config.metrics)
         check_objective(name, method)
         check_source(config, name, method)
@@ -218,6 +221,8 @@ def check_source(config: Config, name: str, method: MethodEntry) -> None:
     if not ours(method.module):
         return
     source = source_of(method.module)
+    if ":" in (source or ""):  # package.module:Name, a source from elsewhere
+        return
     if source not in SOURCES:
         raise ConfigError(
             f"methods.{name}.module is {shown(method.module)}, whose SOURCE is {source}; "
@@ -233,6 +238,11 @@ def check_source(config: Config, name: str, method: MethodEntry) -> None:
         raise ConfigError(
             f"methods.{name}.reward is None; expected the name of a metric, by which {source} of {method.module} "
             "ranks its samples."
+        )
+    if source in EMBEDDED and method.embeddings is None:
+        raise ConfigError(
+            f"methods.{name}.embeddings is None; expected the name of a metric, by whose CLIP {source} of "
+            f"{method.module} compares its pairs."
         )
 
 

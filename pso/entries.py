@@ -42,6 +42,14 @@ class PreferenceConfig(EvidenceConfig):
     timestep_mode: Literal["trajectory_sum", "per_step_mean", "sample_one"]
 
 
+class DenoisingConfig(Strict):
+    """|eps - eps_theta|^2 at one time drawn per sample, as diffusion models are trained."""
+
+    times: Literal["uniform", "sampler_grid"]  # of 0..999, or of the times at which the few-step sampler calls
+    caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of captions replaced by the empty one
+    reduction: Literal["mean", "sum"] = "mean"  # over latent elements, as in EvidenceConfig
+
+
 class TuneConfig(Strict):
     """One training run; everything that the loop needs and no objective knows."""
 
@@ -88,6 +96,7 @@ class MethodEntry(Strict):
     module: str  # dotted path of the method's file
     data: Name
     reward: Name | None = None
+    embeddings: Name | None = None  # a metric whose CLIP embeds captions and pictures of the pairs
     tune: TuneConfig
     objective: dict[str, Any]  # the module's own Config
 

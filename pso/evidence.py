@@ -48,7 +48,8 @@ class Batch:
     """What a source hands over for one update: B samples with one or two sides.
 
     prompts [B] CPU LongTensor, rows of the source's conditioning; tied [B] bool, pairs whose two
-    rewards were equal; log, plain numbers about the batch.
+    rewards were equal; log, plain numbers about the batch; embeddings, unit vectors [B, D] of the captions (text) and
+    of both sides' pictures (target, reference), where the source has them.
     """
 
     prompts: Tensor
@@ -56,6 +57,7 @@ class Batch:
     reference: Side | None = None
     tied: Tensor | None = None
     log: dict[str, float] = field(default_factory=dict)
+    embeddings: dict[str, Tensor] | None = None
 
     @property
     def sides(self) -> list[Side]:

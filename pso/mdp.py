@@ -47,9 +47,9 @@ class NoKernel(UserError):
         )
 
 
-def sdxl_alphas_cumprod() -> Tensor:
-    """alpha_bar_t of SDXL, t = 0..999, float32 as diffusers computes it."""
-    return DDPMScheduler(**SDXL_SCHEDULE).alphas_cumprod
+def sdxl_alphas_cumprod(zero_terminal_snr: bool = False) -> Tensor:
+    """alpha_bar_t of SDXL, t = 0..999, float32 as diffusers computes it; rescaled to alpha_bar_999 = 0 if asked to."""
+    return DDPMScheduler(**SDXL_SCHEDULE, rescale_betas_zero_snr=zero_terminal_snr).alphas_cumprod
 
 
 class Chain:

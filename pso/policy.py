@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pso.mdp import Chain
 from pso.paths import LORA_FILE
-from pso.provenance import UserError
+from pso.provenance import UserError, atomic
 
 ADAPTER = "theta"
 
@@ -33,6 +33,9 @@ class Conditioning:
 
     def rows(self, index: Tensor) -> "Conditioning":
         return Conditioning(self.hidden[index], self.pooled[index])
+
+    def followed_by(self, other: "Conditioning") -> "Conditioning":
+        return Conditioning(torch.cat([self.hidden, other.hidden]), torch.cat([self.pooled, other.pooled]))
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -66,6 +69,16 @@ class Policy:
     def latent_shape(self) -> tuple[int, int, int]:
         side = self.resolution // self.pipeline.vae_scale_factor
         return (self.unet.config.in_channels, side, side)
+
+    @property
+    def numerics(self) -> dict:
+        """What the same numbers depend on beside weights and code, for run.json."""
+        processors = {type(p).__name__ for p in self.unet.attn_processors.values()}
+        return {
+            "dtype": str(self.unet.dtype).removeprefix("torch."),
+            "allow_tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32},
+            "attention": sorted(processors),
+        }
 
     # -- text --
 
@@ -107,9 +120,7 @@ class Policy:
         if self.guidance_scale <= 1:
             return self.eps(chain, n, x, condition)
         nothing = Conditioning(torch.zeros_like(condition.hidden), torch.zeros_like(condition.pooled))
-        both = Conditioning(
-            torch.cat([nothing.hidden, condition.hidden]), torch.cat([nothing.pooled, condition.pooled])
-        )
+        both = nothing.followed_by(condition)
         negative, positive = self.eps(chain, torch.cat([n, n]), torch.cat([x, x]), both).chunk(2)
         return negative + self.guidance_scale * (positive - negative)
 
@@ -147,7 +158,14 @@ class Policy:
             self.unet.enable_adapters()
 
     def add_lora(self, rank: int, targets: list[str], seed: int) -> None:
-        """A fresh adapter, alpha = rank, A gaussian and B zero: theta = pre. Float32 whatever the base is."""
+        """A fresh adapter, alpha = rank, A gaussian and B zero: theta = pre. Float32 whatever the base is.
+
+        ValueError where a target is no layer of the UNet; PEFT says so only if none of them is.
+        """
+        names = [f".{name}" for name, _ in self.unet.named_modules()]
+        absent = [target for target in targets if not any(name.endswith(f".{target}") for name in names)]
+        if absent:
+            raise ValueError(f"it has no layer {' or '.join(absent)}")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.unet.add_adapter(
@@ -174,9 +192,10 @@ class Policy:
         PEFT's key names throughout: `convert_state_dict_to_diffusers` renames attention layers only, and
         of a file with both kinds of names the loader silently drops one.
         """
-        StableDiffusionXLPipeline.save_lora_weights(
-            str(folder), unet_lora_layers=self.lora_state(), weight_name=LORA_FILE
-        )
+        with atomic(Path(folder) / LORA_FILE) as part:
+            StableDiffusionXLPipeline.save_lora_weights(
+                str(part.parent), unet_lora_layers=self.lora_state(), weight_name=part.name
+            )
 
     def load_lora(self, folder: Path) -> None:
         """Through the pipeline's own door, as any user of the file; every tensor of it must arrive."""

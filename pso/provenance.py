@@ -6,6 +6,7 @@ Torch-free. Nothing here writes a host name, user name, token or absolute path.
 import ast
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -31,11 +32,23 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def sentences(program: str) -> Iterator[None]:
-    """Around a command's main: UserError and a failed write become one line and exit code 1."""
+    """Around a command's main: a UserError, or an OSError that nobody foresaw, becomes one line and exit code 1."""
     try:
         yield
     except UserError as error:
         sys.exit(f"{program}: {error}")
+    except OSError as error:
+        what = f"{error.filename}: " if error.filename else ""
+        sys.exit(
+            f"{program}: could not read or write {what}{error.strerror or error}; make room or put the file right, "
+            "then run the same command again."
+        )
+
+
+def _write_errors() -> tuple[type[Exception], ...]:
+    """What a writer raises when the disk is full; safetensors has an error of its own, looked up, not imported."""
+    safetensors = sys.modules.get("safetensors")
+    return (OSError,) if safetensors is None else (OSError, safetensors.SafetensorError)
 
 
 @contextlib.contextmanager
@@ -56,9 +69,10 @@ def atomic(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.chmod(part, 0o666 & ~_umask())
         os.replace(part, path)
-    except OSError as error:
+    except _write_errors() as error:
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"could not write {path}: {error.strerror or error}; nothing half-written was left behind. "
+            f"could not write {path}: {reason}; nothing half-written was left behind. "
             "Make room or make the folder writable, then run the same command again."
         ) from error
     finally:
@@ -95,19 +109,29 @@ def fingerprint(*modules: str) -> str:
     """Hash of the code of modules, and of every module of this repository that they import, however deep.
 
     Comments and layout do not count, nor does the plumbing (NOT_COUNTED). `package.module:name` is the
-    module of `name`; a module of the user's that is not in this repository counts by name only.
+    module of `name`. Of a module of the user's from elsewhere the one file counts, or its name if there is none.
     """
     trees, todo = {}, [module.partition(":")[0] for module in modules]
+    elsewhere = {name: _users_file(name) for name in todo if _source(name) is None}
     while todo:
         module = todo.pop()
         if module in trees or module in NOT_COUNTED:
             continue
         trees[module] = None
-        if (path := _source(module)) is not None:
+        if (path := _source(module) or elsewhere.get(module)) is not None:
             tree = ast.parse(path.read_text())
             trees[module] = ast.dump(tree)
             todo += [name for name in _imported(tree) if _source(name) is not None]
     return digest(sorted(trees.items()))
+
+
+def _users_file(module: str) -> Path | None:
+    """The file of a module outside this repository, found as Python finds it."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        return None
+    return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
 
 
 def _source(module: str) -> Path | None:
@@ -167,23 +191,25 @@ def hardware() -> dict:
 
 
 class Meter:
-    """Cost of a job since its process started (imports are most of a short one): seconds, peak memory, named counts."""
+    """Cost of a job since its process started (imports are most of a short one): seconds, peak memory, named counts.
+
+    `earlier` is the cost of the sessions before this one, for a job that was interrupted and goes on.
+    """
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
+        self.earlier: dict[str, float] = {}
 
     def cost(self) -> dict:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
-        found = {
-            "wall_s": round(time.time() - psutil.Process().create_time(), 1),
-            "cpu_s": round(time.process_time(), 1),
-            "peak_rss_gib": round(peak, 2),
-            **self.counts,
-        }
+        sums = {"wall_s": time.time() - psutil.Process().create_time(), "cpu_s": time.process_time(), **self.counts}
+        peaks = {"peak_rss_gib": peak}
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_available():
-            found["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        return found
+            peaks["peak_gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        found = {k: v + self.earlier.get(k, 0) for k, v in sums.items()}
+        found |= {k: max(v, self.earlier.get(k, 0)) for k, v in peaks.items()}
+        return {k: round(v, 1 if k.endswith("_s") else 2) for k, v in found.items()}
 
 
 def record(job: str, config: dict, inputs: list[dict], meter: Meter, **more: Any) -> dict:

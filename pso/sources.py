@@ -5,16 +5,17 @@ its noise are functions of (run seed, update, sample, step), so every method see
 the same order with the same (t, eps) where it can, and a resumed run continues exactly.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from pso.caches import PairCache
-from pso.config import ConfigError, import_module
+from pso.config import ConfigError
 from pso.data import pair_indices
+from pso.embeddings import PairEmbeddings
 from pso.evidence import Batch, Side
-from pso.mdp import Chain
+from pso.mdp import Ancestral, Chain, Renoise, sdxl_alphas_cumprod
 from pso.policy import Conditioning, Policy, to_images
 from pso.provenance import UserError
 from pso.rollout import Key, keyed_noise, keyed_seed, rollouts
@@ -34,15 +35,15 @@ class Given:
     condition: Conditioning | None = None  # of `prompts`, or of the pairs' prompts
     reward: object | None = None  # score(images, prompts) -> Tensor [B]
     micro_batch: int = 256  # images sampled, decoded and scored at a time; changes no result
-
-
-def find(name: str) -> type:
-    """What a method's SOURCE names: a class of this file, or of any module as `package.module:Class`."""
-    return import_module(name, "SOURCE") if ":" in name else globals()[name]
+    embeddings: PairEmbeddings | None = None  # of the pairs
 
 
 class _Latents:
-    """Clean latents of a cache, noised forward."""
+    """Clean latents of a cache, noised forward.
+
+    Which steps, by the method's Config: all trained ones, one of these drawn per sample (`timestep_mode:
+    sample_one`), or one of all times drawn per sample (`times`: of the whole schedule or of the sampler's grid).
+    """
 
     def __init__(self, given: Given):
         if given.pairs is None:
@@ -51,10 +52,24 @@ class _Latents:
                 "name a data set of format preference_parquet."
             )
         self.given, self.cfg, self.chain = given, given.cfg, given.chain
+        if getattr(self.cfg, "zero_terminal_snr", False):
+            self.chain = with_zero_terminal_snr(self.chain)
+        if getattr(self.cfg, "times", None) == "uniform":
+            self.chain = at_every_time(self.chain)
+        if getattr(self.cfg, "caption_dropout", 0):  # the last row of the condition is then the empty caption
+            given.condition = given.condition.followed_by(given.policy.encode_prompts([""]))
 
     def samples(self, update: int) -> list[int]:
         given = self.given
         return pair_indices(update, given.batch_size, len(given.pairs), given.seed)
+
+    def prompts(self, update: int, index: list[int]) -> Tensor:
+        """Rows of the condition [B]: the pairs' captions, a share of them replaced by the empty one."""
+        rows, share = self.given.pairs.prompt_index[index], getattr(self.cfg, "caption_dropout", 0)
+        if not share:
+            return rows
+        dropped = [keyed_seed(self.given.seed, "caption", update, i) < share * 2**63 for i in index]
+        return torch.where(torch.tensor(dropped), len(self.given.condition) - 1, rows)
 
     def clean(self, side: str, update: int, index: list[int]) -> Tensor:
         """A fresh draw from the latent posteriors [B, C, H, W]."""
@@ -63,14 +78,15 @@ class _Latents:
         return (mean + std * noise).to(self.given.policy.device)
 
     def steps(self, update: int, index: list[int]) -> Tensor:
-        """n [B, S]: all trained transitions, or one drawn per sample."""
-        trained = self.given.chain.trained_steps
-        if getattr(self.cfg, "timestep_mode", None) != "sample_one":
-            return torch.tensor(trained).expand(len(index), -1)
-        return torch.tensor([[trained[self._draw(update, i, len(trained))]] for i in index])
-
-    def _draw(self, update: int, sample: int, count: int) -> int:
-        return keyed_seed(self.given.seed, "step", update, sample) % count
+        """n [B, S]."""
+        if getattr(self.cfg, "times", None) is not None:
+            choice = self.chain.all_steps[::-1]
+        elif getattr(self.cfg, "timestep_mode", None) == "sample_one":
+            choice = self.chain.trained_steps
+        else:
+            return torch.tensor(self.chain.trained_steps).expand(len(index), -1)
+        draws = [keyed_seed(self.given.seed, "step", update, i) % len(choice) for i in index]
+        return torch.tensor([[choice[d]] for d in draws])
 
     def noised(self, side: str, update: int, index: list[int], n: Tensor, shares_eps: bool) -> Side:
         """The forward side: x_n = clean latent with eps. Only the reference may have an eps of its own."""
@@ -87,30 +103,48 @@ class _Latents:
 
 
 class PreferencePairs(_Latents):
-    """Labelled pairs of images, both noised forward (Eq. 6)."""
+    """Labelled pairs of images, both noised forward to the same time (Eq. 6); they share eps unless the Config
+    says otherwise."""
+
+    def batch(self, update: int) -> Batch:
+        index = self.samples(update)
+        n, shares_eps = self.steps(update, index), getattr(self.cfg, "pair_shares_eps", True)
+        target, reference = (self.noised(side, update, index, n, shares_eps) for side in ("target", "reference"))
+        return Batch(self.prompts(update, index), target, reference)
+
+
+class ContrastPairs(PreferencePairs):
+    """Preference pairs in groups of `group_size` that are compared with each other: one time for a whole group, that
+    of its first pair, and embeddings of captions and pictures."""
+
+    def __init__(self, given: Given):
+        super().__init__(given)
+        if given.embeddings is None:
+            raise ConfigError(
+                "the method has no embeddings, by which its SOURCE ContrastPairs tells how near two pairs are; name a "
+                "metric with a CLIP as embeddings."
+            )
+        if given.batch_size % self.cfg.group_size:
+            raise ConfigError(
+                f"objective.group_size is {self.cfg.group_size}; expected a divisor of tune.batch_size "
+                f"({given.batch_size})."
+            )
+
+    def steps(self, update: int, index: list[int]) -> Tensor:
+        return super().steps(update, [index[k - k % self.cfg.group_size] for k in range(len(index))])
+
+    def batch(self, update: int) -> Batch:
+        embeddings = self.given.embeddings.rows(self.samples(update), self.given.policy.device)
+        return replace(super().batch(update), embeddings=embeddings)
+
+
+class Targets(_Latents):
+    """The pairs' target images alone."""
 
     def batch(self, update: int) -> Batch:
         index = self.samples(update)
         n = self.steps(update, index)
-        target, reference = (
-            self.noised(side, update, index, n, self.cfg.pair_shares_eps) for side in ("target", "reference")
-        )
-        return Batch(self.given.pairs.prompt_index[index], target, reference)
-
-
-class Targets(_Latents):
-    """The pairs' target images alone, noised to uniform times or to the sampler's."""
-
-    def __init__(self, given: Given):
-        super().__init__(given)
-        if self.cfg.times == "uniform":  # every time is a step of this chain: n = t + 1
-            alphas = given.chain.alphas_cumprod
-            self.chain = type(given.chain)(list(reversed(range(len(alphas)))), alphas)
-
-    def batch(self, update: int) -> Batch:
-        index = self.samples(update)
-        n = torch.tensor([[1 + self._draw(update, i, self.chain.num_steps)] for i in index])
-        return Batch(self.given.pairs.prompt_index[index], self.noised("target", update, index, n, True))
+        return Batch(self.prompts(update, index), self.noised("target", update, index, n, True))
 
 
 class TargetsAgainstModel(_Latents):
@@ -130,6 +164,27 @@ class TargetsAgainstModel(_Latents):
         parts = rollouts(given.policy, given.chain, condition, keys, to_x0=False, micro_batch=bound)
         states = torch.cat([part.states for part in parts])
         return Batch(prompts, target, reverse_side(given.chain, states, n))
+
+
+def with_zero_terminal_snr(chain: Chain) -> Chain:
+    """The chain's times on the rescaled schedule, where x_999 is eps alone. Variance preserving, because its sigma
+    would be infinite there; and for forward noising only: no sampler of ours steps through it."""
+    if not isinstance(chain, Ancestral):
+        raise ConfigError(
+            "objective.zero_terminal_snr is true; expected false for a model whose sampler is not ancestral, because "
+            "only SDXL-Turbo was published with it."
+        )
+    rescaled = Renoise(chain.times[1:].flip(0).tolist(), sdxl_alphas_cumprod(zero_terminal_snr=True))
+    rescaled.stochastic = False
+    return rescaled
+
+
+def at_every_time(chain: Chain) -> Chain:
+    """The chain's noising at every time of its schedule, n = t + 1. No sampler takes these steps: no kernel, no KL."""
+    alphas = chain.alphas_cumprod
+    every = type(chain)(list(reversed(range(len(alphas)))), alphas)
+    every.stochastic = False
+    return every
 
 
 def refuse_guidance(policy: Policy) -> None:

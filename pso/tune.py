@@ -7,36 +7,37 @@ checkpoints until the LoRA is there; the same command after an interruption cont
 """
 
 import argparse
-import json
 import logging
-import shutil
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 import yaml
 from accelerate import Accelerator
+from pydantic import BaseModel
 from torch import Tensor
 
 from pso import sources
 from pso.caches import PairCache, load_prompt_set
 from pso.checkpoint import Checkpoints
 from pso.config import ConfigError, add_arguments, check, from_arguments, import_module
+from pso.embeddings import PairEmbeddings
 from pso.entries import UNTUNED, Config, EvidenceConfig, MethodEntry
 from pso.evidence import Batch, Evidence, Side, gather, kl
 from pso.hub import Hub, hub_dir
+from pso.journal import Journal
 from pso.mdp import Chain
 from pso.models import chain_for, load_metric, load_policy
 from pso.paths import LORA_FILE, RESULTS, run_dir
 from pso.policy import Conditioning, Policy, to_images
-from pso.provenance import Meter, UserError, atomic, record, sentences, write_json
+from pso.provenance import Meter, UserError, atomic, fingerprint, record, sentences, write_json
 from pso.rollout import rollout
 
 log = logging.getLogger("tune")
-PROGRESS_S = 10.0  # seconds between progress lines
 
 
 # ---- one update ----
@@ -123,8 +124,11 @@ class Objective:
             leaves.append((name, column[name].requires_grad_()))
             whole.append(Evidence(**column))
         value, logged = self.loss(whole, batch)
-        incoming = torch.autograd.grad(value, [leaf for _, leaf in leaves])
+        # None for a side that the loss does not use: its gradient is zero
+        incoming = torch.autograd.grad(value, [leaf for _, leaf in leaves], allow_unused=True)
         for (k, start, chunk), cond, pre in zip(chunks, conditions, pres, strict=True):
+            if incoming[k] is None:
+                continue
             name = leaves[k][0]
             (evidence,) = self.evidence([chunk], cond, pre)
             getattr(evidence, name).backward(incoming[k][start : start + len(chunk.n)])
@@ -132,7 +136,7 @@ class Objective:
 
 
 def _joined(parts: list[Tensor | None]) -> Tensor | None:
-    return None if parts[0] is None else torch.cat(parts)
+    return None if any(part is None for part in parts) else torch.cat(parts)  # no KL where a row has none
 
 
 def measures(target: Evidence, reference: Evidence | None, batch: Batch) -> dict:
@@ -195,26 +199,28 @@ class Run:
     def entry(self) -> MethodEntry:
         return self.config.methods[self.method]
 
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics that the run computes, trained on or not."""
+        return sorted({self.entry.reward, self.entry.tune.probe_reward} - {None})
 
-def prepare(run: Run, hub: Hub) -> tuple[sources.Given, ModuleType, Probe]:
-    """Load what the run needs, once."""
+
+def prepare(run: Run, hub: Hub, device: torch.device) -> tuple[ModuleType, sources.Given, Any, Probe]:
+    """What the run needs, loaded once: the method, what its source is given, the source, the probe."""
     config, entry = run.config, run.entry
-    model = config.models[run.model]
-    if model.lora_rank is None or model.tuned_steps is None:
-        raise ConfigError(f"models.{run.model} has no lora_rank or tuned_steps; it is not a model that is tuned.")
-    module = import_module(entry.module, f"methods.{run.method}.module")
-    cfg = check(module.Config, entry.objective, f"methods.{run.method}.objective")
-    policy = load_policy(model, hub, getattr(torch, config.scale_entry.dtype))
-    policy.add_lora(model.lora_rank, model.lora_targets, run.seed)
-    chain = chain_for(run.model, model, model.tuned_steps)
-    names = {entry.reward, entry.tune.probe_reward} - {None}
-    metrics = {name: load_metric(name, config.metrics[name], hub, policy.device, run.model) for name in sorted(names)}
+    module, cfg, source = method_of(run)
+    policy, chain = tuned_model(run, hub, device)
+    metrics = {name: load_metric(name, config.metrics[name], hub, policy.device, run.model) for name in run.metrics}
     reward = metrics.get(entry.reward)
-    given = sources.Given(policy, chain, cfg, run.seed, entry.tune.batch_size, reward=reward)
+    given = sources.Given(
+        policy, chain, cfg, run.seed, entry.tune.batch_size, reward=reward, micro_batch=entry.tune.micro_batch
+    )
     dataset = config.datasets[entry.data]
     if dataset.format == "preference_parquet":
         given.pairs = PairCache(config.scale, run.model, entry.data, run.results)
         given.prompts, given.condition = given.pairs.prompts, given.pairs.condition(policy.device)
+        if entry.embeddings is not None:
+            given.embeddings = PairEmbeddings(config.scale, entry.embeddings, entry.data, given.pairs, run.results)
     else:
         given.prompts = [p.text for p in load_prompt_set(hub, dataset, entry.data)]
         given.condition = policy.encode_prompts(given.prompts)
@@ -222,26 +228,86 @@ def prepare(run: Run, hub: Hub) -> tuple[sources.Given, ModuleType, Probe]:
     every = [i * len(given.prompts) // shown for i in range(shown)]
     texts = [given.prompts[i] for i in every]
     probe = Probe(policy, chain, texts, given.condition.rows(torch.tensor(every)), metrics.get(entry.tune.probe_reward))
-    return given, module, probe
+    return module, given, source(given), probe
 
 
-def tune(run: Run) -> None:
+def method_of(run: Run) -> tuple[ModuleType, BaseModel, Callable]:
+    """The method's module, its Config, and the class of its source: one of pso/sources.py, or `package.module:Name`."""
+    where, entry = f"methods.{run.method}", run.entry
+    module = import_module(entry.module, f"{where}.module")
+    for name in ("Config", "SOURCE", "NEEDS_PRE", "loss"):
+        if not hasattr(module, name):
+            raise ConfigError(
+                f"{where}.module is {entry.module!r}, which has no {name}; expected Config, SOURCE, NEEDS_PRE and loss."
+            )
+    dotted = module.SOURCE if ":" in module.SOURCE else f"{sources.__name__}:{module.SOURCE}"
+    source = import_module(dotted, f"SOURCE in {entry.module}")
+    return module, check(module.Config, entry.objective, f"{where}.objective"), source
+
+
+def tuned_model(run: Run, hub: Hub, device: torch.device) -> tuple[Policy, Chain]:
+    """The model with a fresh adapter, and the sampler on the grid on which it is tuned."""
+    model, where = run.config.models[run.model], f"models.{run.model}"
+    if model.lora_rank is None or model.tuned_steps is None:
+        raise ConfigError(f"{where} has no lora_rank or tuned_steps; it is not a model that is tuned.")
+    if model.guidance_scale > 1:
+        raise ConfigError(
+            f"{where}.guidance_scale is {model.guidance_scale}; expected at most 1 for a model that is tuned: with "
+            "guidance the log-ratio would be of another policy than the one that is sampled."
+        )
+    chain = chain_for(run.model, model, model.tuned_steps)
+    policy = load_policy(model, hub, getattr(torch, run.config.scale_entry.dtype), device)
+    try:
+        policy.add_lora(model.lora_rank, model.lora_targets, run.seed)
+    except ValueError as error:
+        raise ConfigError(
+            f"{where}.lora_targets is {model.lora_targets}; expected names of linear layers or convolutions of the "
+            f"UNet ({str(error).split('. ')[0].rstrip('.')})."
+        ) from error
+    return policy, chain
+
+
+def resolved(run: Run, given: sources.Given) -> dict:
+    """Every setting of the run, the method's defaults included."""
+    config, data = run.config, run.entry.data
+    return {
+        "scale": config.scale,
+        "task": run.task,
+        "model": {run.model: config.models[run.model].model_dump()},
+        "method": {run.method: {**run.entry.model_dump(), "objective": given.cfg.model_dump(mode="json")}},
+        "dataset": {data: config.datasets[data].model_dump()},
+        "metrics": {name: config.metrics[name].model_dump() for name in run.metrics},
+        "seed": run.seed,
+        "dtype": config.scale_entry.dtype,
+    }
+
+
+def one_process() -> Accelerator:
+    """The accelerator, which must not span several processes: each would train on the same batch and write here."""
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    if accelerator.num_processes > 1:
+        raise UserError(
+            f"a run was started in {accelerator.num_processes} processes; expected one process for each run: start it "
+            "without a launcher, and run several runs side by side with `snakemake --cores`."
+        )
+    return accelerator
+
+
+def tune(run: Run, accelerator: Accelerator) -> None:
     """The loop: accelerate, AdamW, checkpoints, log."""
     meter, tuning = Meter(), run.entry.tune
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     hub = Hub(hub_dir(run.config.scale, run.results))
-    given, module, probe = prepare(run, hub)
+    module, given, source, probe = prepare(run, hub, accelerator.device)
     policy = given.policy
-    source = sources.find(module.SOURCE)(given)
     optimizer = torch.optim.AdamW(policy.lora_parameters(), lr=tuning.learning_rate, weight_decay=tuning.weight_decay)
     optimizer = accelerator.prepare(optimizer)
-    checkpoints = Checkpoints(run.folder / "state", resolved(run))
+    settings, inputs = resolved(run, given), inputs_of(hub, given)
+    made_from = {"settings": settings, "weights and data": inputs, "code": code_of(run, source)}
+    checkpoints = Checkpoints(run.folder / "state", made_from, meter)
     start = checkpoints.restore(policy, optimizer, source)
     objective = Objective(module, given.cfg, policy, source.chain, tuning.micro_batch)
     journal = Journal(run.folder / "train.jsonl", start, tuning.num_updates)
-    if start:
-        log.info("continuing after update %d", start)
-    else:
+    if not start:
         journal.write({"event": "probe", "update": 0, **probe()})
 
     for update in range(start, tuning.num_updates):
@@ -250,8 +316,8 @@ def tune(run: Run) -> None:
         norm = accelerator.clip_grad_norm_(policy.lora_parameters(), tuning.max_grad_norm)
         if not torch.isfinite(norm):
             raise UserError(
-                f"{run.folder}: loss {loss} and gradient norm {norm.item()} at update {update + 1}; the last good "
-                "state is kept. Lower methods.tune.learning_rate and run the same command again."
+                f"{run.folder}: loss {loss} and gradient norm {norm.item()} at update {update + 1}; remove "
+                f"{checkpoints.folder}, lower methods.{run.method}.tune.learning_rate and run the same command again."
             )
         optimizer.step()
         optimizer.zero_grad()
@@ -264,73 +330,39 @@ def tune(run: Run) -> None:
             checkpoints.save(done, policy, optimizer, source)
 
     policy.save_lora(run.folder / "lora")
-    meter.counts = {"unet_forwards": policy.unet_forwards + checkpoints.earlier_forwards}
+    meter.counts = {"unet_forwards": policy.unet_forwards}
     if hasattr(source, "reward_queries"):
         meter.counts["reward_queries"] = source.reward_queries
-    finish(run, hub, meter, journal, given, checkpoints, source)
-
-
-def resolved(run: Run) -> dict:
-    """All settings of this run, nested."""
-    return {
-        "scale": run.config.scale,
-        "task": run.task,
-        "model": {run.model: run.config.models[run.model].model_dump()},
-        "method": {run.method: run.entry.model_dump()},
-        "seed": run.seed,
-        "dtype": run.config.scale_entry.dtype,
-    }
-
-
-def finish(run: Run, hub: Hub, meter: Meter, journal, given, checkpoints, source) -> None:
-    """run.json and config.yaml; the checkpoints are not needed any more."""
-    settings = resolved(run)
-    more = {
-        "steps": {"planned": run.entry.tune.num_updates, "done": run.entry.tune.num_updates},
-        "resumed_at": checkpoints.resumed_at,
-        "final": journal.last,
-        "data": given.pairs.counts if given.pairs else {"prompts": len(given.prompts)},
-        "lora_parameters": sum(p.numel() for p in given.policy.lora_parameters()),
-    }
-    if given.reward is not None:
-        more["reward"] = given.reward.spec
-    if hasattr(source, "summary"):
-        more["source"] = source.summary()
-    write_json(run.folder / "run.json", record("tune", settings, hub.inputs(), meter, **more))
+    about = {"resumed_at": checkpoints.resumed_at, "final": journal.last, **outcome(run, given, source)}
+    write_json(run.folder / "run.json", record("tune", settings, inputs, meter, **about))
     with atomic(run.folder / "config.yaml") as part:
         part.write_text(yaml.safe_dump(settings, sort_keys=False))
-    shutil.rmtree(run.folder / "state", ignore_errors=True)
+    checkpoints.remove()
 
 
-class Journal:
-    """train.jsonl, and a progress line on the console now and then."""
+def code_of(run: Run, source) -> str:
+    """Fingerprint of all code that decides the numbers of the run."""
+    scorers = [run.config.metrics[name].module for name in run.metrics]
+    return fingerprint("pso.tune", run.entry.module, type(source).__module__, *scorers)
 
-    def __init__(self, path: Path, start: int, planned: int):
-        self.path, self.start, self.planned, self.last = path, start, planned, {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        if start and path.exists():  # forget what was logged after the checkpoint
-            lines = path.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["update"] <= start]
-        path.write_text("".join(f"{line}\n" for line in kept))
-        self.began = self.printed = time.monotonic()
 
-    def write(self, entry: dict) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(entry) + "\n")
+def outcome(run: Run, given: sources.Given, source) -> dict:
+    """What was trained and by whose judgement, for run.json."""
+    planned = run.entry.tune.num_updates
+    judged = {} if given.reward is None else {"reward": given.reward.spec}
+    return judged | {
+        "steps": {"planned": planned, "done": planned},
+        "data": given.pairs.counts if given.pairs else {"prompts": len(given.prompts)},
+        "lora_parameters": sum(p.numel() for p in given.policy.lora_parameters()),
+        "numerics": given.policy.numerics,
+        **({"source": source.summary()} if hasattr(source, "summary") else {}),
+    }
 
-    def update(self, done: int, values: dict) -> None:
-        self.last = values
-        self.write({"event": "update", "update": done, **values})
-        now = time.monotonic()
-        if now - self.printed < PROGRESS_S and done != self.planned:
-            return
-        self.printed = now
-        each = (now - self.began) / (done - self.start)
-        minutes, seconds = divmod(round(each * (self.planned - done)), 60)
-        shown = ("loss", "margin", "implicit_accuracy", "clip_fraction", "reward_target")
-        numbers = "  ".join(f"{k} {values[k]:.4g}" for k in shown if k in values)
-        log.info("update %d/%d  %s  %.2f s each  left %d:%02d", done, self.planned, numbers, each, minutes, seconds)
+
+def inputs_of(hub: Hub, given: sources.Given) -> list[dict]:
+    """Repository, file and sha256 of all that was read, those behind the latent cache included, each once."""
+    found = [*hub.inputs(), *(given.pairs.inputs if given.pairs else [])]
+    return [entry for i, entry in enumerate(found) if entry not in found[:i]]
 
 
 def main() -> None:
@@ -349,6 +381,7 @@ def main() -> None:
             if name not in known:
                 hint = " (nothing is trained for it)" if name == UNTUNED else ""
                 raise ConfigError(f"--{kind[:-1]} is {name!r}{hint}; expected one of {', '.join(known)}.")
+        accelerator = one_process()
         folder = run_dir(config.scale, args.task, args.model, args.method, args.seed, args.results)
         folder.mkdir(parents=True, exist_ok=True)
         logging.basicConfig(
@@ -356,7 +389,8 @@ def main() -> None:
             format="%(message)s",
             handlers=[logging.StreamHandler(sys.stderr), logging.FileHandler(folder / "tune.log")],
         )
-        tune(Run(config, args.task, args.model, args.method, args.seed, folder, args.results))
+        logging.raiseExceptions = False  # of a full disk speaks who needs the room, not the console log
+        tune(Run(config, args.task, args.model, args.method, args.seed, folder, args.results), accelerator)
         log.info("wrote %s", folder / "lora" / LORA_FILE)
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from conftest import run, smoke_settings
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from pso.caches import PairCache, build, fit
 from pso.config import load
-from pso.provenance import UserError
+from pso.provenance import UserError, sha256_of
 
 SHARD = "yuvalkirstain/pickapic_v2/data/train-00000-of-00002.parquet"
 
@@ -73,6 +74,40 @@ def test_a_corrupt_parquet_is_one_sentence_and_leaves_nothing(own_hub):
 def test_a_missing_cache_names_its_command(tmp_path):
     with pytest.raises(UserError, match="`python -m pso.caches --model sdxl_dmd2 --dataset pickapic_v2` makes it"):
         PairCache("smoke", "sdxl_dmd2", "pickapic_v2", tmp_path)
+
+
+def test_a_cache_tells_itself_and_what_it_was_made_from(smoke):
+    cache = PairCache("smoke", "sdxl_dmd2", "pickapic_v2", smoke / "results")
+    own, *behind = cache.inputs
+    file = smoke / "results/smoke" / own["file"]
+    assert own == {"file": "cache/sdxl_dmd2/pickapic_v2.safetensors", "sha256": sha256_of(file)}
+    repositories = {entry["repo"] for entry in behind}
+    assert {"yuvalkirstain/pickapic_v2", "madebyollin/sdxl-vae-fp16-fix"} <= repositories
+
+
+DAMAGES = {  # name: what happens to the pair of files, what is said
+    "tensors cut": (lambda tensors, about: tensors.write_bytes(tensors.read_bytes()[:500]), "cannot be read"),
+    "record cut": (lambda tensors, about: about.write_text(about.read_text()[:500]), "cannot be read"),
+    "record gone": (lambda tensors, about: about.unlink(), "cannot be read"),
+    "other tensors": (lambda tensors, about: save_file(other(tensors), tensors), "its sha256 differs"),
+}
+
+
+def other(tensors) -> dict:
+    return {name: value + 1 for name, value in load_file(tensors).items()}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_is_one_sentence_with_its_command(smoke, tmp_path, damage):
+    change, said = DAMAGES[damage]
+    shutil.copytree(smoke / "results/smoke/cache", tmp_path / "smoke/cache")
+    files = [tmp_path / f"smoke/cache/sdxl_dmd2/pickapic_v2.{kind}" for kind in ("safetensors", "json")]
+    change(*files)
+    with pytest.raises(UserError) as caught:
+        PairCache("smoke", "sdxl_dmd2", "pickapic_v2", tmp_path)
+    text = str(caught.value)
+    assert text.startswith(str(files[0])) and said in text and "\n" not in text
+    assert "`python -m pso.caches --model sdxl_dmd2 --dataset pickapic_v2` makes it anew" in text
 
 
 @pytest.mark.parametrize("size", [(64, 64), (90, 40), (33, 70)])

@@ -168,11 +168,12 @@ def test_the_source_that_is_read_is_the_modules_own(module):
 
 def test_sources_and_their_formats_are_those_of_the_code():
     from pso import sources
+    from pso.config import import_module
     from pso.data import READERS
 
     tree = ast.parse((ROOT / "pso" / "sources.py").read_text())
     classes = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
     elsewhere = {name for name in SOURCES if ":" in name}
     assert {name for name in classes if hasattr(getattr(sources, name), "batch")} == set(SOURCES) - elsewhere
-    assert all(hasattr(sources.find(name), "batch") for name in elsewhere)
+    assert all(hasattr(import_module(name, "SOURCE"), "batch") for name in elsewhere)
     assert set(SOURCES["OnlinePairs"]) == {*READERS, "preference_parquet"}

@@ -370,7 +370,7 @@ ONLINE_REFUSALS = [
     ({"pairs_per_round": 12.5}, f"{WHERE}.pairs_per_round is 12.5; expected"),
 ]
 DIFFUSION_REFUSALS = [
-    ({"beta": 5.0}, f"{WHERE}.beta is not a known key; known keys: reduction, times."),
+    ({"beta": 5.0}, f"{WHERE}.beta is not a known key; known keys: caption_dropout, reduction, times."),
     ({"time": "uniform"}, f"{WHERE}.time is not a known key; did you mean times?"),
     ({"times": "1e-1"}, f"{WHERE}.times is '1e-1' (text); expected 'uniform' or 'sampler_grid'."),
 ]

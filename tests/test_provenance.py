@@ -139,33 +139,70 @@ FULL_DEVICE = """
 import resource, signal, sys
 from pathlib import Path
 import numpy as np
+import torch
 from PIL import Image
+from safetensors.torch import save_file
+import toy
 from eval.generate import Wanted, write_shard
-from pso.provenance import sentences
+from pso.checkpoint import Checkpoints
+from pso.journal import Journal
+from pso.provenance import Meter, atomic, sentences
 
+path = Path(sys.argv[1])
 picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+policy = toy.new_policy(moved=0.1)
+optimizer = torch.optim.AdamW(policy.lora_parameters())
+for parameter in policy.lora_parameters():
+    parameter.grad = torch.ones_like(parameter)
+optimizer.step()
+checkpoints = Checkpoints(path, {}, Meter())
+checkpoints.save(1, policy, optimizer, None)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-with sentences("generate"):
-    write_shard(Path(sys.argv[1]), iter([(Wanted("p", 0, "x"), picture)]), {})
+with sentences("job"):
+    WRITE
 """
+TENSORS = "{'x': torch.zeros(5000)}"
+WRITERS = {  # name: (statement, what is named besides `path`, files below path that stay)
+    "image shard": ("write_shard(path / 'a', iter([(Wanted('p', 0, 'x'), picture)]), {})", "a", []),
+    "tensors": (f"with atomic(path / 'a') as part: save_file({TENSORS}, part)", "a", []),
+    "LoRA": ("policy.save_lora(path)", "pytorch_lora_weights.safetensors", []),
+    "checkpoint": ("checkpoints.save(2, policy, optimizer, None)", "update0000002", []),
+    "log": ("journal = Journal(path / 'a', 0, 9)\n    while True: journal.write({'update': 1})", "a", ["a"]),
+    "unforeseen": ("(path / 'a').write_bytes(bytes(5000))", None, ["a"]),
+}
 
 
-def test_an_image_shard_on_a_full_device_ends_in_one_sentence_and_leaves_nothing(tmp_path):
-    path = tmp_path / "images" / "shard0.parquet"
-    command = [sys.executable, "-c", FULL_DEVICE, str(path)]
-    variables = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_device_ends_in_one_sentence_and_leaves_nothing_half_written(tmp_path, name):
+    statement, named, left = WRITERS[name]
+    command = [sys.executable, "-c", FULL_DEVICE.replace("WRITE", statement), str(tmp_path)]
+    variables = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
     done = subprocess.run(command, env=variables, capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     said = done.stderr.splitlines()[-1]
-    assert said.startswith(f"generate: could not write {path}: ") and "File too large" in said
-    assert list(path.parent.iterdir()) == []
+    assert said.startswith("job: could not ") and "File too large" in said and "run the same command again" in said
+    assert named is None or f"{tmp_path / named}: " in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*left, "update0000001"]
+    if name == "log":
+        lines = (tmp_path / "a").read_text().splitlines(keepends=True)
+        assert len(lines) > 200 and set(lines) == {'{"update": 1}\n'}
 
 
 def test_a_command_ends_with_the_sentence_and_code_1(capsys):
     with pytest.raises(SystemExit) as ended, sentences("tune"):
         raise UserError("x is 1; expected 2.")
     assert ended.value.code == "tune: x is 1; expected 2."  # a text as code: printed to stderr, exit status 1
+
+
+def test_a_failed_read_or_write_that_nobody_foresaw_ends_with_a_sentence(tmp_path):
+    with pytest.raises(SystemExit) as ended, sentences("tune"):
+        (tmp_path / "none").read_text()
+    said = ended.value.code
+    assert said.startswith(f"tune: could not read or write {tmp_path / 'none'}: No such file or directory; ")
+    with pytest.raises(SystemExit) as ended, sentences("tune"):
+        raise OSError("no file name")
+    assert ended.value.code.startswith("tune: could not read or write no file name; ")
 
 
 def test_a_mistake_of_the_program_is_not_dressed_up_as_the_users():
@@ -256,6 +293,16 @@ def test_a_module_from_elsewhere_counts_by_its_name(module):
     assert fingerprint("elsewhere.one") == fingerprint("elsewhere.one") != fingerprint("elsewhere.two")
 
 
+def test_a_module_of_the_users_counts_by_its_file(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "method_of_the_user.py").write_text(CODE)
+    before = fingerprint("method_of_the_user")
+    (tmp_path / "method_of_the_user.py").write_text("# why\n" + CODE)
+    assert fingerprint("method_of_the_user") == before
+    (tmp_path / "method_of_the_user.py").write_text(CODE + "A = 1\n")
+    assert fingerprint("method_of_the_user") != before
+
+
 def test_a_fingerprint_of_an_object_sees_its_modules_code(module):
     assert module(CODE, "pkg.mod:f") != module("def f(x):\n    return 0\n", "pkg.mod:f")
 
@@ -334,6 +381,15 @@ def test_a_meter_adds_the_counts_of_the_job():
     meter.counts = {"unet_forwards": 12, "images": 3}
     cost = meter.cost()
     assert (cost["unet_forwards"], cost["images"]) == (12, 3)
+
+
+def test_a_meter_adds_the_sessions_before_and_keeps_the_highest_peak():
+    meter = Meter()
+    meter.counts = {"unet_forwards": 12}
+    meter.earlier = {"wall_s": 1000.0, "cpu_s": 900.0, "unet_forwards": 30, "peak_rss_gib": 500.0}
+    cost, alone = meter.cost(), Meter().cost()
+    assert cost["wall_s"] >= 1000 and cost["cpu_s"] >= 900 and cost["unet_forwards"] == 42
+    assert cost["peak_rss_gib"] == 500 and 0 < alone["peak_rss_gib"] < 500 and alone["cpu_s"] < 900
 
 
 def test_a_meter_tells_waiting_from_computing():

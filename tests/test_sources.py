@@ -23,13 +23,14 @@ from toy import (
     STOCHASTIC,
     TEXTS,
     TIMES,
+    FakeEmbeddings,
     FakePairs,
     FakePolicy,
     Judge,
 )
 
 from baselines import diffusion
-from pso import pso, pso_offline, pso_online, sources
+from pso import pso, pso_offline, pso_online
 from pso.config import ROOT, ConfigError, check, import_module, load
 from pso.mdp import Ancestral, Renoise
 from pso.rollout import INITIAL, keyed_noise, keyed_seed
@@ -348,7 +349,9 @@ def test_a_shipped_method_gets_a_batch_from_its_source(scale, name):
     module = import_module(entry.module, name)
     cfg, size = check(module.Config, entry.objective, name), entry.tune.batch_size
     given = Given(FakePolicy(), Ancestral(TIMES), cfg, 0, size, FakePairs(), TEXTS, CONDITION, Judge())
-    batch = sources.find(module.SOURCE)(given).batch(0)
+    given.embeddings = FakeEmbeddings() if entry.embeddings else None
+    where = module.SOURCE if ":" in module.SOURCE else f"pso.sources:{module.SOURCE}"
+    batch = import_module(where, "SOURCE")(given).batch(0)
     assert [len(side.n) for side in batch.sides] == [size] * (1 if module is diffusion else 2)
 
 

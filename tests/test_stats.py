@@ -83,6 +83,7 @@ def test_prompts_weigh_equally():
 @given(st.integers(0, 10**6))
 def test_order_does_not_matter(seed):
     left, right, clusters = two_rows(seed, prompts=12, images=2)
+    left, right = left + 10, right + 10  # a ratio needs scores above 0
     order = np.random.default_rng(seed).permutation(len(left))
     for compare in (paired_difference, paired_ratio):
         found, again = (

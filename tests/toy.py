@@ -232,11 +232,23 @@ class FakePairs:
         return mean, torch.full_like(mean, self.std)
 
 
+class FakeEmbeddings:
+    """Unit vectors of ten pairs' captions and pictures."""
+
+    tensors = {k: randn(30 + i, PAIRS, 5) for i, k in enumerate(("text", "target", "reference"))}
+
+    def rows(self, index: list[int], device) -> dict[str, Tensor]:
+        return {k: torch.nn.functional.normalize(v[index], dim=-1) for k, v in self.tensors.items()}
+
+
 class FakePolicy:
     """A network of one line, that sees its prompt."""
 
     device, latent_shape, guidance_scale = torch.device("cpu"), LATENT, 0.0
     push = 0.0  # what training would change
+
+    def encode_prompts(self, prompts):
+        return Conditioning(torch.zeros(len(prompts), 1, 1), -torch.ones(len(prompts), 1))
 
     def guided_eps(self, chain, n, x, condition):
         return torch.tanh(chain.scale_input(n, x)) + condition.pooled[:, :, None, None] + self.push

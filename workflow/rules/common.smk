@@ -40,6 +40,7 @@ wildcard_constraints:
     model="|".join(CONFIG.models),
     method="|".join(CONFIG.methods),
     dataset="|".join(CONFIG.datasets),
+    metric="|".join(CONFIG.metrics),
     table="|".join(CONFIG.table_entries),
     seed=r"\d+",
 
@@ -120,6 +121,8 @@ def tune_inputs(wildcards):
         found.append(f"{BASE}/cache/{wildcards.model}/{method.data}.safetensors")
     else:
         found += hub_inputs("data")
+    if method.embeddings is not None:
+        found.append(f"{BASE}/cache/{method.embeddings}/{method.data}.safetensors")
     return found + reward_inputs(wildcards.method, wildcards.model)
 
 

@@ -20,3 +20,23 @@ rule latents:
         code=fingerprint("pso.caches"),
     shell:
         "python -m pso.caches --model {wildcards.model} --dataset {wildcards.dataset} 2>&1 | tee {log}"
+
+
+rule embeddings: # only for methods that compare pair with pair
+    input:
+        hub_inputs("data", "clip", "judges"),
+    output:
+        f"{BASE}/cache/{{metric}}/{{dataset}}.safetensors",
+        f"{BASE}/cache/{{metric}}/{{dataset}}.json",
+    log:
+        f"{BASE}/logs/embeddings-{{metric}}-{{dataset}}.log",
+    conda:
+        "../../envs/pso-bench.yaml"
+    params:
+        metric=lambda w: scorer_settings(w.metric),
+        dataset=lambda w: CONFIG.datasets[w.dataset].model_dump(),
+        code=lambda w: fingerprint(
+            "pso.embeddings", CONFIG.metrics[w.metric].module
+        ),
+    shell:
+        "python -m pso.embeddings --metric {wildcards.metric} --dataset {wildcards.dataset} 2>&1 | tee {log}"
