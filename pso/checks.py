@@ -221,7 +221,7 @@ def check_source(config: Config, name: str, method: MethodEntry) -> None:
     if not ours(method.module):
         return
     source = source_of(method.module)
-    if ":" in (source or ""):  # package.module:Name, a source from elsewhere
+    if ":" in (source or "") and source not in SOURCES:  # package.module:Name, a source from elsewhere
         return
     if source not in SOURCES:
         raise ConfigError(
