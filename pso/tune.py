@@ -347,17 +347,16 @@ def code_of(run: Run, source) -> str:
 
 
 def outcome(run: Run, given: sources.Given, source) -> dict:
-    """What was trained, for run.json."""
+    """What was trained and by whose judgement, for run.json."""
     planned = run.entry.tune.num_updates
-    found = {
+    judged = {} if given.reward is None else {"reward": given.reward.spec}
+    return judged | {
         "steps": {"planned": planned, "done": planned},
         "data": given.pairs.counts if given.pairs else {"prompts": len(given.prompts)},
         "lora_parameters": sum(p.numel() for p in given.policy.lora_parameters()),
         "numerics": given.policy.numerics,
+        **({"source": source.summary()} if hasattr(source, "summary") else {}),
     }
-    if given.reward is not None:
-        found["reward"] = given.reward.spec
-    return found | ({"source": source.summary()} if hasattr(source, "summary") else {})
 
 
 def inputs_of(hub: Hub, given: sources.Given) -> list[dict]:

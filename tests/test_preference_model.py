@@ -220,10 +220,21 @@ def test_the_entries_the_job_and_the_rule_name_one_file():
     assert re.search(r"\{\{model\}\}(_[\w-]+\.safetensors)", rule)[1] == training.file_name("")
 
 
-def test_a_head_for_each_model_is_for_rewards_only(tmp_path):
-    scorer = METRICS["spm_distilled"].model_copy(update={"checkpoint": None})
+def test_a_run_gets_the_head_of_its_own_model(files, lite, pictures, tmp_path):
+    entry, model = METRICS["spm_distilled"], moved(lite)
+    for repo in (entry.checkpoint.repo, entry.checkpoint.processor):
+        (tmp_path / repo).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / repo).symlink_to(files["model"], target_is_directory=True)
+    (tmp_path / spm.REPOSITORY).mkdir(parents=True)
+    saved(tmp_path / spm.REPOSITORY / training.file_name("sdxl_dmd2"), model, verdicts(t749="go", t499="no-go"))
+    hub = Hub(tmp_path)
+    found = load_metric("spm_distilled", entry, hub, "cpu", "sdxl_dmd2")
+    assert torch.equal(found.score(pictures, CAPTIONS, 749), scored(lite, model, pictures, 749))
+    assert {i["file"] for i in hub.inputs()} >= {training.file_name("sdxl_dmd2"), "model.safetensors"}
+    with pytest.raises(UserError, match="has no file sdxl_turbo_step-aware_preference_model.safetensors in the hub"):
+        load_metric("spm_distilled", entry, hub, "cpu", "sdxl_turbo")
     with pytest.raises(ConfigError, match="metrics.spm_distilled has a head for each model, so it can only be a meth"):
-        load_metric("spm_distilled", scorer, Hub(tmp_path), "cpu")
+        load_metric("spm_distilled", entry, hub, "cpu")
 
 
 # ---- the loss ----

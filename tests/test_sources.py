@@ -350,8 +350,8 @@ def test_a_shipped_method_gets_a_batch_from_its_source(scale, name):
     cfg, size = check(module.Config, entry.objective, name), entry.tune.batch_size
     given = Given(FakePolicy(), Ancestral(TIMES), cfg, 0, size, FakePairs(), TEXTS, CONDITION, Judge())
     given.embeddings = FakeEmbeddings() if entry.embeddings else None
-    dotted = module.SOURCE if ":" in module.SOURCE else f"pso.sources:{module.SOURCE}"
-    batch = import_module(dotted, "SOURCE")(given).batch(0)
+    where = module.SOURCE if ":" in module.SOURCE else f"pso.sources:{module.SOURCE}"
+    batch = import_module(where, "SOURCE")(given).batch(0)
     assert [len(side.n) for side in batch.sides] == [size] * (1 if module is diffusion else 2)
 
 

@@ -432,6 +432,7 @@ def test_its_loss_is_d3pos():
     ours = loss(target.reshape(-1, 1), reference.reshape(-1, 1)).item()
     settings = toy.RELEASED | {"beta": 10.0}
     assert ours == pytest.approx(toy.loss(pso_online, target, reference, **settings).item(), rel=1e-12)
+    assert loss(target, reference).item() == pytest.approx(ours, rel=1e-12)  # however they are grouped
     summed = toy.loss(pso_online, target, reference, **settings | {"timestep_mode": "trajectory_sum"}).item()
     assert ours != pytest.approx(summed, rel=1e-3)
 
