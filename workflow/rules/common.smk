@@ -19,7 +19,32 @@ SCALE = CONFIG.scale
 STANDIN = CONFIG.scale_entry.standin
 BASE = f"results/{SCALE}"
 HUB = f"{BASE}/hub"
-HUB_STEPS = ("vae", "clip", "data", "judges", "teacher", "dmd2")
+HUB_STEPS = (
+    "vae",
+    "clip",
+    "data",
+    "judges",
+    "teacher",
+    "dmd2",
+    "lcm",
+    "turbo",
+    "loras",
+    "gate",
+)
+HUB_STEP_OF = {  # repository of a UNet -> the step that makes it
+    "stabilityai/stable-diffusion-xl-base-1.0": "teacher",
+    "tianweiy/DMD2": "dmd2",
+    "latent-consistency/lcm-sdxl": "lcm",
+    "stabilityai/sdxl-turbo": "turbo",
+}
+GATED = (
+    "sdxl",
+    "sdxl_dmd2",
+    "sdxl_lcm",
+    "sdxl_turbo",
+    "sdxl_dmd2_lora",
+    "sdxl_lcm_lora",
+)
 FIGURES = [
     f"{BASE}/figures/samples_{name}.png"
     for name in CONFIG.table_entries["table1"].eval_sets
@@ -86,8 +111,16 @@ def hub_inputs(*steps):
 
 def model_inputs(model):
     """The hub's steps that make a model's weights."""
+    entry = CONFIG.models[model]
+    parts = [*([entry.unet] if entry.unet else []), *entry.deltas]
+    repos = [
+        entry.base,
+        *(part.repo for part in parts),
+        *(d.minus for d in entry.deltas),
+    ]
+    unets = {HUB_STEP_OF[repo] for repo in repos if repo in HUB_STEP_OF}
     return hub_inputs(
-        "teacher", *([] if CONFIG.models[model].unet is None else ["dmd2"])
+        *sorted({"teacher"} | unets | ({"loras"} if entry.loras else set()))
     )
 
 
