@@ -71,7 +71,8 @@ def load_policy(
     for i, delta in enumerate(entry.deltas):
         add_delta(pipeline, hub, delta, f"models.{name}.deltas[{i}]")
     fuse_loras(pipeline, hub, entry.loras, f"models.{name}.loras")
-    pipeline.unet.to(dtype)
+    if pipeline.unet.dtype != dtype:
+        pipeline.unet.to(dtype)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Policy(pipeline.to(device), entry.resolution, entry.guidance_scale, entry.guidance_embedding, name)
 
