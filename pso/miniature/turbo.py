@@ -34,6 +34,12 @@ AVERAGE_DECAY = 0.97
 HEAD_WIDTH = 32
 
 
+def head(width: int) -> nn.Module:
+    """Logits from one block's answer. No weights in the norm: torch's CPU backward of one on a frozen input crashes."""
+    norm = nn.GroupNorm(8, width, affine=False)
+    return nn.Sequential(norm, nn.Conv2d(width, HEAD_WIDTH, 3, padding=1), nn.SiLU(), nn.Conv2d(HEAD_WIDTH, 1, 1))
+
+
 class Critic(nn.Module):
     """Logits [B, K]: is a latent real, as seen in every block of the frozen teacher that reads its caption."""
 
@@ -41,18 +47,9 @@ class Critic(nn.Module):
         super().__init__()
         self.unet, self.seen = [unet], []  # in a list: the teacher's weights are not the critic's
         widths = unet.config.block_out_channels
-        blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
-        for block in blocks:
+        for block in [*unet.down_blocks, unet.mid_block, *unet.up_blocks]:
             block.register_forward_hook(self._note)
-        self.heads = nn.ModuleList(
-            nn.Sequential(
-                nn.GroupNorm(8, width),
-                nn.Conv2d(width, HEAD_WIDTH, 3, padding=1),
-                nn.SiLU(),
-                nn.Conv2d(HEAD_WIDTH, 1, 1),
-            )
-            for width in (*widths, widths[-1], *reversed(widths))
-        )
+        self.heads = nn.ModuleList(head(width) for width in (*widths, widths[-1], *reversed(widths)))
 
     def _note(self, block, given, answer) -> None:
         self.seen.append(answer[0] if isinstance(answer, tuple) else answer)
@@ -60,7 +57,7 @@ class Critic(nn.Module):
     def forward(self, x0: Tensor, times: Tensor, noise: Tensor, condition: Conditioning, alphas: Tensor) -> Tensor:
         self.seen.clear()
         call(self.unet[0], noised(x0, noise, times, alphas), times, condition)
-        logits = [head(seen).flatten(1) for head, seen in zip(self.heads, self.seen, strict=True)]
+        logits = [judge(seen).flatten(1) for judge, seen in zip(self.heads, self.seen, strict=True)]
         self.seen.clear()
         return torch.cat(logits, 1)
 
