@@ -31,7 +31,8 @@ TARGET_DECAY = 0.95
 
 def new_student(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
     """The teacher with a guidance embedding that says nothing yet."""
-    student = UNet2DConditionModel.from_config({**teacher.config, "time_cond_proj_dim": EMBEDDING})
+    own = {k: v for k, v in teacher.config.items() if not k.startswith("_")}
+    student = UNet2DConditionModel.from_config({**own, "time_cond_proj_dim": EMBEDDING})
     missing = student.load_state_dict(teacher.state_dict(), strict=False).missing_keys
     if missing != ["time_embedding.cond_proj.weight"]:
         raise ValueError(f"the student lacks {missing} of the teacher")

@@ -7,6 +7,7 @@ main/sdxl/extract_lora_module.py writes, LCM's is a file of diffusers.
 """
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -41,11 +42,12 @@ def start_from_difference(policy: Policy, student: Policy) -> None:
 
 
 def truncated(difference: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """down and up, of a linear layer or a convolution, with up down = its truncated SVD."""
+    """down and up, of a linear layer or a convolution, with up down = its truncated SVD; a small layer has zeros left."""
     u, s, v = torch.linalg.svd(difference.flatten(1), full_matrices=False)
-    root, ones = s[:rank].sqrt(), (1,) * (difference.ndim - 2)
-    down = (root[:, None] * v[:rank]).reshape(rank, *difference.shape[1:])
-    return down, (u[:, :rank] * root).reshape(len(difference), rank, *ones)
+    root, spare = s[:rank].sqrt(), max(0, rank - len(s))
+    down = F.pad(root[:, None] * v[:rank], (0, 0, 0, spare))
+    up = F.pad(u[:, :rank] * root, (0, spare))
+    return down.reshape(rank, *difference.shape[1:]), up.reshape(len(up), rank, *(1,) * (difference.ndim - 2))
 
 
 def fit_to(policy: Policy, student: Policy, chain: Chain, fit: Fit, seed: int, name: str) -> None:

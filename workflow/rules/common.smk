@@ -37,14 +37,6 @@ HUB_STEP_OF = {  # repository of a UNet -> the step that makes it
     "latent-consistency/lcm-sdxl": "lcm",
     "stabilityai/sdxl-turbo": "turbo",
 }
-GATED = (
-    "sdxl",
-    "sdxl_dmd2",
-    "sdxl_lcm",
-    "sdxl_turbo",
-    "sdxl_dmd2_lora",
-    "sdxl_lcm_lora",
-)
 FIGURES = [
     f"{BASE}/figures/samples_{name}.png"
     for name in CONFIG.table_entries["table1"].eval_sets
@@ -151,6 +143,11 @@ def table_models(table):
     return sorted(
         {row.model for row in [*entry.rows, *entry.extra_rows] if row.missing is None}
     )
+
+
+def gated_models():
+    """The teacher, and every model that a table asked for shows."""
+    return sorted({"sdxl", *(job.model for job in jobs(CONFIG))})
 
 
 def table_scores(table):

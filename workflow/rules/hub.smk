@@ -158,7 +158,7 @@ rule hub_loras:
 
 rule hub_gate:
     input:
-        hub_inputs("teacher", "dmd2", "lcm", "turbo", "loras"),
+        sorted({path for name in gated_models() for path in model_inputs(name)}),
     output:
         f"{HUB}/gate.json",
     log:
@@ -167,7 +167,7 @@ rule hub_gate:
         "../../envs/pso-bench.yaml"
     params:
         settings=hub_settings("gate"),
-        models={name: model_settings(name) for name in GATED},
+        models={name: model_settings(name) for name in gated_models()},
         code=fingerprint("pso.miniature.gate"),
     shell:
         "python -m pso.miniature.gate 2>&1 | tee {log}"
