@@ -116,7 +116,7 @@ class Generator:
         self.config, self.model, self.results = config, model, results
         self.hub = Hub(hub_dir(config.scale, results))
         self.entry = config.models[model]
-        self.policy = load_policy(self.entry, self.hub, getattr(torch, config.scale_entry.dtype))
+        self.policy = load_policy(self.entry, self.hub, getattr(torch, config.scale_entry.dtype), name=model)
         self.inputs = self.hub.inputs()
         self.prompts: dict[str, list[Prompt]] = {}
         self.made = self.kept = 0

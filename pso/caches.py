@@ -105,7 +105,7 @@ def encode(policy: Policy, images: list[bytes]) -> tuple[Tensor, Tensor]:
 def build(config: Config, model: str, dataset: str, results: Path) -> None:
     meter, hub = Meter(), Hub(hub_dir(config.scale, results))
     entry = config.datasets[dataset]
-    policy = load_policy(config.models[model], hub)
+    policy = load_policy(config.models[model], hub, name=model)
     reader = iter_pairs(hub.files(entry.repo, entry.files), entry, dataset)
     found: dict[str, list[Tensor]] = {f"{side}_{kind}": [] for side in SIDES for kind in ("mean", "std")}
     rows, prompts, batch = [], {}, []

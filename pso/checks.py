@@ -86,6 +86,7 @@ def check_entries(config: Config) -> None:
 
 
 def check_model(name: str, model: ModelEntry) -> None:
+    check_weights(name, model)
     for steps, grid in model.grids.items():
         where = f"models.{name}.grids.{steps}"
         if not 1 <= steps < NUM_TIMES:
@@ -110,6 +111,18 @@ def check_model(name: str, model: ModelEntry) -> None:
         raise ConfigError(
             f"models.{name}.sampler is {shown(model.sampler)}; expected {' or '.join(STOCHASTIC)} in a model that has "
             "tuned_steps, because a deterministic step has no log-probability."
+        )
+
+
+def check_weights(name: str, model: ModelEntry) -> None:
+    sources = {"unet": model.unet} | {f"deltas[{i}]": delta for i, delta in enumerate(model.deltas)}
+    for field, source in sources.items():
+        if source is not None and None not in (source.file, source.subfolder):
+            raise ConfigError(f"models.{name}.{field} has file and subfolder; expected one of them.")
+    if model.guidance_embedding is not None and model.guidance_scale > 1:
+        raise ConfigError(
+            f"models.{name}.guidance_scale is {model.guidance_scale}; expected at most 1, because guidance_embedding "
+            "tells the network of its guidance already."
         )
 
 

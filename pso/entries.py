@@ -68,21 +68,40 @@ class TuneConfig(Strict):
 # ---- the files of workflow/config ----
 
 
-class HubFile(Strict):
+class UNetSource(Strict):
+    """A UNet in the hub: a state dict on the base's architecture (`file`), or a diffusers folder with its config."""
+
+    repo: str
+    file: str | None = None
+    subfolder: str | None = None  # of the diffusers folder; None: the repository itself
+
+
+class Lora(Strict):
     repo: str
     file: str
+    scale: float = 1.0  # beside the alpha that the file carries
+
+
+class Delta(UNetSource):
+    """scale * (this UNet - the UNet of the pipeline `minus`)."""
+
+    minus: str
+    scale: float = 1.0
 
 
 class ModelEntry(Strict):
-    """models.yaml: one model as it is sampled."""
+    """models.yaml: one model as it is sampled. Its weights are (unet or base's) + sum of deltas + sum of loras."""
 
     title: str
     base: str  # repository of a diffusers SDXL pipeline
-    unet: HubFile | None = None  # another UNet's state dict on the base's architecture
+    unet: UNetSource | None = None  # in place of the base's
+    deltas: list[Delta] = []
+    loras: list[Lora] = []
     vae: str | None = None
     sampler: Literal["renoise", "ancestral", "ddim", "euler"]
     grids: dict[WholeNumber, list[int] | Literal["leading", "trailing"]]  # steps -> times, falling
     guidance_scale: Annotated[float, Field(ge=0)]
+    guidance_embedding: PositiveFloat | None = None  # the guidance that a UNet with time_cond_proj_dim is told of
     resolution: PositiveInt
     lora_rank: PositiveInt | None = None  # None: this model is never tuned
     lora_targets: list[str] = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -197,6 +216,24 @@ class PreferenceModelFit(Fit):
     weight_decay: Annotated[float, Field(ge=0)]
 
 
+class Consistency(Fit):
+    num_images: PositiveInt
+    guidance_scales: list[PositiveFloat]  # the range from which the teacher's guidance is drawn
+    num_jumps: PositiveInt  # times of LCM's grid of 50 that one solver step skips
+
+
+class Adversarial(Fit):
+    critic_learning_rate: PositiveFloat
+    guidance_scale: PositiveFloat
+    num_solutions: PositiveInt  # teacher trajectories for the warm start
+    warm_start: Fit
+
+
+class Gate(Strict):
+    num_images: PositiveInt  # per model
+    least_share: Annotated[float, Field(ge=0)]  # of the teacher's accuracy
+
+
 class StandIn(Strict):
     """scales.yaml: how the stand-in hub is made."""
 
@@ -210,6 +247,10 @@ class StandIn(Strict):
     aesthetic: Fit
     teacher: Fit
     dmd2: Distil
+    lcm: Consistency
+    turbo: Adversarial
+    loras: Fit
+    gate: Gate
 
 
 class ScaleEntry(Strict):

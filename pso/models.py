@@ -8,12 +8,15 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 
 from pso import mdp
 from pso.config import ConfigError, import_module
-from pso.entries import Checkpoint, MetricEntry, ModelEntry
+from pso.entries import Checkpoint, Delta, Lora, MetricEntry, ModelEntry, UNetSource
 from pso.hub import Hub
 from pso.policy import Policy
 from pso.provenance import UserError, fingerprint
@@ -45,8 +48,13 @@ def chain_for(name: str, entry: ModelEntry, num_steps: int) -> mdp.Chain:
     return SAMPLERS[entry.sampler](times)
 
 
-def load_policy(entry: ModelEntry, hub: Hub, dtype: torch.dtype = torch.float32, device=None) -> Policy:
-    """The pipeline of an entry, from safetensors or a state dict read with weights_only; on the GPU if there is one."""
+def load_policy(
+    entry: ModelEntry, hub: Hub, dtype: torch.dtype = torch.float32, device=None, name: str = "<name>"
+) -> Policy:
+    """The pipeline of an entry, from safetensors or a state dict read with weights_only; on the GPU if there is one.
+
+    `name`: the entry's in models.yaml, for sentences. A composition is added up in float32 and rounded once.
+    """
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # one line per small file says nothing
     hub.repo(entry.base)  # asked for first: it is what an empty hub is told to lack
@@ -54,18 +62,24 @@ def load_policy(entry: ModelEntry, hub: Hub, dtype: torch.dtype = torch.float32,
     if entry.vae is not None:
         parts["vae"] = _pretrained(AutoencoderKL, entry.vae, hub, dtype=dtype)
     options = {"use_safetensors": True, "local_files_only": True, "add_watermarker": False}
-    pipeline = _pretrained(StableDiffusionXLPipeline, entry.base, hub, dtype=dtype, **options, **parts)
+    exact = {"unet": torch.float32, "default": dtype} if entry.deltas or entry.loras else dtype
+    pipeline = _pretrained(StableDiffusionXLPipeline, entry.base, hub, dtype=exact, **options, **parts)
     pipeline.set_progress_bar_config(disable=True)
     check_tokenizers(pipeline)
     if entry.unet is not None:
-        load_unet(pipeline, hub, entry)
+        load_unet(pipeline, hub, entry.unet)
+    for i, delta in enumerate(entry.deltas):
+        add_delta(pipeline, hub, delta, f"models.{name}.deltas[{i}]")
+    fuse_loras(pipeline, hub, entry.loras, f"models.{name}.loras")
+    if pipeline.unet.dtype != dtype:
+        pipeline.unet.to(dtype)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Policy(pipeline.to(device), entry.resolution, entry.guidance_scale)
+    return Policy(pipeline.to(device), entry.resolution, entry.guidance_scale, entry.guidance_embedding, name)
 
 
 def _pretrained(loader, repo: str, hub: Hub, **options):
     """loader.from_pretrained on a repository of the hub, or a sentence that names what is wrong with its files."""
-    folder, weights = hub.repo(repo), hub.weights(repo)
+    folder, weights = hub.repo(repo), hub.weights(repo, options.get("subfolder") or "")
     try:
         return loader.from_pretrained(folder, **options)
     except BROKEN as error:
@@ -87,15 +101,77 @@ def _opens(path: Path) -> bool:
         return False
 
 
-def load_unet(pipeline: StableDiffusionXLPipeline, hub: Hub, entry: ModelEntry) -> None:
-    """Put a distilled UNet's state dict in place of the base's; every key must match."""
-    path = hub.file(entry.unet.repo, entry.unet.file)
+# ---- another UNet, differences of UNets, LoRAs ----
+
+
+def load_unet(pipeline: StableDiffusionXLPipeline, hub: Hub, source: UNetSource) -> None:
+    """Put a distilled UNet in place of the base's: a state dict, every key of which must match, or a folder."""
+    if source.file is None:
+        pipeline.register_modules(unet=_unet(source, hub, pipeline.unet.dtype))
+        return
+    path, state = _state_dict(source, hub)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
         pipeline.unet.load_state_dict(state, strict=True)
     except BROKEN as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} is not a state dict of {entry.base}'s UNet ({first}); fetch it again.") from error
+        raise _not_a_unet(path, error) from error
+
+
+def _unet(source: UNetSource, hub: Hub, dtype: torch.dtype) -> UNet2DConditionModel:
+    options = {"use_safetensors": True, "local_files_only": True}
+    if source.subfolder is not None:
+        options["subfolder"] = source.subfolder
+    return _pretrained(UNet2DConditionModel, source.repo, hub, dtype=dtype, **options)
+
+
+def _state_dict(source: UNetSource, hub: Hub) -> tuple[Path, dict[str, Tensor]]:
+    path = hub.file(source.repo, source.file)
+    try:
+        if path.suffix == ".safetensors":
+            return path, load_file(path)
+        return path, torch.load(path, map_location="cpu", weights_only=True)
+    except BROKEN as error:
+        raise _not_a_unet(path, error) from error
+
+
+def _not_a_unet(path: Path, error: Exception) -> UserError:
+    first = str(error).strip().splitlines()[0]
+    return UserError(f"{path} is not a state dict of the base's UNet ({first}); fetch it again.")
+
+
+@torch.no_grad()
+def add_delta(pipeline: StableDiffusionXLPipeline, hub: Hub, delta: Delta, field: str) -> None:
+    """Add scale * (plus - minus); what only the pipeline's UNet has, as LCM's guidance embedding, stays as it is."""
+    minus = _unet(UNetSource(repo=delta.minus, subfolder="unet"), hub, torch.float32).state_dict()
+    plus = _unet(delta, hub, torch.float32).state_dict() if delta.file is None else _state_dict(delta, hub)[1]
+    own = pipeline.unet.state_dict()
+    for key in sorted(plus.keys() ^ minus.keys()):
+        raise UserError(f"{field} is a difference of UNets of two kinds: only one of them has {key}.")
+    for key, value in plus.items():
+        if key not in own or not own[key].shape == value.shape == minus[key].shape:
+            raise UserError(f"{field} does not fit the model's UNet: {key} is missing or of another shape.")
+        own[key].add_(delta.scale * (value.float() - minus[key]))
+
+
+def fuse_loras(pipeline: StableDiffusionXLPipeline, hub: Hub, loras: list[Lora], field: str) -> None:
+    """Through the pipeline's own door, which applies each file's alpha; then into the weights, so that pre has them."""
+    names = [f"part{i}" for i in range(len(loras))]
+    for i, (lora, name) in enumerate(zip(loras, names, strict=True)):
+        path = hub.file(lora.repo, lora.file)
+        try:
+            pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
+            with safe_open(path, "pt") as file:
+                stored = sum(key.endswith(".weight") for key in file.keys())  # noqa: SIM118
+        except BROKEN as error:
+            raise UserError(f"{field}[{i}] cannot be loaded ({_reason(error, [path])}); fetch it again.") from error
+        found = len(get_peft_model_state_dict(pipeline.unet, adapter_name=name))
+        if found != stored:
+            raise UserError(
+                f"{field}[{i}] has {stored} tensors in {path}, but {found} fit the UNet; is it for another model?"
+            )
+    if names:
+        pipeline.set_adapters(names, [lora.scale for lora in loras])
+        pipeline.fuse_lora(components=["unet"], adapter_names=names)
+        pipeline.unload_lora_weights()
 
 
 def check_tokenizers(pipeline: StableDiffusionXLPipeline) -> None:

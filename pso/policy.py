@@ -42,15 +42,22 @@ class Conditioning:
 
 
 class Policy:
-    """A loaded SDXL-type pipeline as a policy. `resolution` in px, `dtype` of the frozen weights."""
+    """A loaded SDXL-type pipeline as a policy. `resolution` in px, `dtype` of the frozen weights.
 
-    def __init__(self, pipeline: StableDiffusionXLPipeline, resolution: int, guidance_scale: float = 0.0):
-        if pipeline.unet.config.time_cond_proj_dim is not None:
-            raise UserError(
-                "the UNet takes a guidance embedding (time_cond_proj_dim), as SDXL-LCM's does; without one it would "
-                "run silently wrong, and models of that kind are not built yet."
-            )
+    `guidance_embedding` is the guidance that a UNet with time_cond_proj_dim (SDXL-LCM's) is told of in every
+    call; without it such a UNet would run silently wrong. `name`: the entry's in models.yaml.
+    """
+
+    def __init__(
+        self,
+        pipeline: StableDiffusionXLPipeline,
+        resolution: int,
+        guidance_scale: float = 0.0,
+        guidance_embedding: float | None = None,
+        name: str = "<name>",
+    ):
         self.pipeline, self.resolution, self.guidance_scale = pipeline, resolution, guidance_scale
+        self.timestep_cond = _timestep_cond(pipeline, guidance_embedding, name)
         for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
             part.requires_grad_(False).eval()
         self.unet_forwards = 0  # images through the network, guidance counted twice
@@ -133,9 +140,16 @@ class Policy:
             return self.unet(
                 shown.to(dtype),
                 t,
+                timestep_cond=self._told(shown, dtype),
                 encoder_hidden_states=condition.hidden.to(dtype),
                 added_cond_kwargs={"text_embeds": condition.pooled.to(dtype), "time_ids": time_ids.to(dtype)},
             ).sample
+
+    def _told(self, shown: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """The guidance embedding, one row per input."""
+        if self.timestep_cond is None:
+            return None
+        return self.timestep_cond.to(shown.device, dtype).expand(len(shown), -1)
 
     # -- adapter --
 
@@ -230,6 +244,18 @@ class Policy:
         pixels = images.permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
         posterior = vae.encode(pixels).latent_dist
         return tuple((v * vae.config.scaling_factor).float() for v in (posterior.mean, posterior.std))
+
+
+def _timestep_cond(pipeline: StableDiffusionXLPipeline, guidance: float | None, name: str) -> Tensor | None:
+    """diffusers' embedding [1, D] of guidance - 1 for a UNet that takes one."""
+    dim, field = pipeline.unet.config.time_cond_proj_dim, f"models.{name}.guidance_embedding"
+    if dim is None and guidance is not None:
+        raise UserError(f"{field} is {guidance}, but this UNet takes none (no time_cond_proj_dim); leave it out.")
+    if dim is None:
+        return None
+    if guidance is None:
+        raise UserError(f"{field} is missing, but this UNet takes one (time_cond_proj_dim is {dim}); write 8.0, say.")
+    return pipeline.get_guidance_scale_embedding(torch.tensor([guidance - 1.0]), embedding_dim=dim)
 
 
 def to_images(batch: Tensor) -> list[Image.Image]:

@@ -256,7 +256,7 @@ def tuned_model(run: Run, hub: Hub, device: torch.device) -> tuple[Policy, Chain
             "guidance the log-ratio would be of another policy than the one that is sampled."
         )
     chain = chain_for(run.model, model, model.tuned_steps)
-    policy = load_policy(model, hub, getattr(torch, run.config.scale_entry.dtype), device)
+    policy = load_policy(model, hub, getattr(torch, run.config.scale_entry.dtype), device, run.model)
     try:
         policy.add_lora(model.lora_rank, model.lora_targets, run.seed)
     except ValueError as error:

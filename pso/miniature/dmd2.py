@@ -87,13 +87,15 @@ class Teacher:
         self.unet, self.guidance_scale, self.alphas = unet, guidance_scale, sdxl_alphas_cumprod()
 
     @torch.no_grad()
-    def x0(self, x: Tensor, times: Tensor, condition: Conditioning) -> Tensor:
+    def x0(self, x: Tensor, times: Tensor, condition: Conditioning, guidance_scale: Tensor | None = None) -> Tensor:
+        """The guided prediction; `guidance_scale` [B] instead of its own."""
         nothing = Conditioning(torch.zeros_like(condition.hidden), torch.zeros_like(condition.pooled))
         both = Conditioning(
             torch.cat([nothing.hidden, condition.hidden]), torch.cat([nothing.pooled, condition.pooled])
         )
         plain, asked = call(self.unet, x.repeat(2, 1, 1, 1), times.repeat(2), both).chunk(2)
-        scale = torch.where(times > GUIDED_ABOVE, self.guidance_scale, 1.0).view(-1, 1, 1, 1)
+        guidance = self.guidance_scale if guidance_scale is None else guidance_scale
+        scale = torch.where(times > GUIDED_ABOVE, guidance, 1.0).view(-1, 1, 1, 1)
         return predicted(x, times, plain + scale * (asked - plain), self.alphas)
 
     def solve(self, x: Tensor, start: int, condition: Conditioning) -> Tensor:
@@ -108,10 +110,12 @@ class Teacher:
         return x
 
 
-def warm_start(student: Student, teacher: Teacher, latents: Tensor, rows: Tensor, fit: Fit) -> None:
+def warm_start(
+    student: "Student", teacher: Teacher, latents: Tensor, rows: Tensor, fit: Fit, name: str = "dmd2", shares=ODE_SHARE
+) -> None:
     """Regress the generator on the teacher's solutions from noised pictures."""
     rng, alphas, found = student.rng, teacher.alphas, []
-    for time, share in ODE_SHARE.items():
+    for time, share in shares.items():
         chosen = torch.randint(len(latents), (max(1, round(share * len(latents))),), generator=rng)
         for index in chosen.split(64):
             times = torch.full((len(index),), time)
@@ -120,7 +124,7 @@ def warm_start(student: Student, teacher: Teacher, latents: Tensor, rows: Tensor
     x, solution, times, rows = (torch.cat(part) for part in zip(*found, strict=True))
     parameters = list(student.unet.parameters())
     average = Average(parameters, 0.98)
-    for _, descend in steps("dmd2 warm start", parameters, fit):
+    for _, descend in steps(f"{name} warm start", parameters, fit):
         i = torch.randint(len(x), (fit.batch_size,), generator=rng)
         x0 = predicted(x[i], times[i], call(student.unet, x[i], times[i], student.condition.rows(rows[i])), alphas)
         error = (x0 - solution[i]).pow(2).mean((1, 2, 3))

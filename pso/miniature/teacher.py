@@ -74,12 +74,14 @@ def noised(x0: Tensor, noise: Tensor, times: Tensor, alphas: Tensor) -> Tensor:
     return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
 
 
-def call(unet: UNet2DConditionModel, x: Tensor, times: Tensor, condition: Conditioning) -> Tensor:
-    """eps, with SDXL's time ids of a whole picture."""
+def call(
+    unet: UNet2DConditionModel, x: Tensor, times: Tensor, condition: Conditioning, told: Tensor | None = None
+) -> Tensor:
+    """eps, with SDXL's time ids of a whole picture; `told`: a guidance embedding, where the network takes one."""
     size = float(world.RESOLUTION)
     time_ids = torch.tensor([size, size, 0.0, 0.0, size, size]).expand(len(x), 6)
     added = {"text_embeds": condition.pooled, "time_ids": time_ids}
-    return unet(x, times, encoder_hidden_states=condition.hidden, added_cond_kwargs=added).sample
+    return unet(x, times, condition.hidden, timestep_cond=told, added_cond_kwargs=added).sample
 
 
 def encoded(policy: Policy, images) -> Tensor:

@@ -20,7 +20,24 @@ SCALE = CONFIG.scale
 STANDIN = CONFIG.scale_entry.standin
 BASE = f"results/{SCALE}"
 HUB = f"{BASE}/hub"
-HUB_STEPS = ("vae", "clip", "data", "judges", "teacher", "dmd2")
+HUB_STEPS = (
+    "vae",
+    "clip",
+    "data",
+    "judges",
+    "teacher",
+    "dmd2",
+    "lcm",
+    "turbo",
+    "loras",
+    "gate",
+)
+HUB_STEP_OF = {  # repository of a UNet -> the step that makes it
+    "stabilityai/stable-diffusion-xl-base-1.0": "teacher",
+    "tianweiy/DMD2": "dmd2",
+    "latent-consistency/lcm-sdxl": "lcm",
+    "stabilityai/sdxl-turbo": "turbo",
+}
 SPM = CONFIG.scale_entry.preference_model
 PREFERENCE_MODELS = [
     f"preference_model_{name}"
@@ -100,8 +117,16 @@ def hub_inputs(*steps):
 
 def model_inputs(model):
     """The hub's steps that make a model's weights."""
+    entry = CONFIG.models[model]
+    parts = [*([entry.unet] if entry.unet else []), *entry.deltas]
+    repos = [
+        entry.base,
+        *(part.repo for part in parts),
+        *(d.minus for d in entry.deltas),
+    ]
+    unets = {HUB_STEP_OF[repo] for repo in repos if repo in HUB_STEP_OF}
     return hub_inputs(
-        "teacher", *([] if CONFIG.models[model].unet is None else ["dmd2"])
+        *sorted({"teacher"} | unets | ({"loras"} if entry.loras else set()))
     )
 
 
@@ -143,6 +168,11 @@ def table_models(table):
     return sorted(
         {row.model for row in [*entry.rows, *entry.extra_rows] if row.missing is None}
     )
+
+
+def gated_models():
+    """The teacher, and every model that a table asked for shows."""
+    return sorted({"sdxl", *(job.model for job in jobs(CONFIG))})
 
 
 def table_scores(table):

@@ -101,3 +101,73 @@ rule hub_dmd2:
         code=fingerprint("pso.miniature.dmd2"),
     shell:
         "python -m pso.miniature.dmd2 2>&1 | tee {log}"
+
+
+rule hub_lcm:
+    input:
+        hub_inputs("teacher"),
+    output:
+        f"{HUB}/lcm.json",
+        f"{HUB}/latent-consistency/lcm-sdxl/diffusion_pytorch_model.safetensors",
+    log:
+        f"{BASE}/logs/hub_lcm.log",
+    conda:
+        "../../envs/pso-bench.yaml"
+    params:
+        settings=hub_settings("lcm"),
+        code=fingerprint("pso.miniature.lcm"),
+    shell:
+        "python -m pso.miniature.lcm 2>&1 | tee {log}"
+
+
+rule hub_turbo:
+    input:
+        hub_inputs("teacher"),
+    output:
+        f"{HUB}/turbo.json",
+        f"{HUB}/stabilityai/sdxl-turbo/unet/diffusion_pytorch_model.safetensors",
+    log:
+        f"{BASE}/logs/hub_turbo.log",
+    conda:
+        "../../envs/pso-bench.yaml"
+    params:
+        settings=hub_settings("turbo"),
+        code=fingerprint("pso.miniature.turbo"),
+    shell:
+        "python -m pso.miniature.turbo 2>&1 | tee {log}"
+
+
+rule hub_loras:
+    input:
+        hub_inputs("teacher", "dmd2", "lcm"),
+    output:
+        f"{HUB}/loras.json",
+        f"{HUB}/tianweiy/DMD2/dmd2_sdxl_4step_lora_fp16.safetensors",
+        f"{HUB}/latent-consistency/lcm-lora-sdxl/pytorch_lora_weights.safetensors",
+    log:
+        f"{BASE}/logs/hub_loras.log",
+    conda:
+        "../../envs/pso-bench.yaml"
+    params:
+        settings=hub_settings("loras"),
+        models={name: model_settings(name, 4) for name in ("sdxl_dmd2", "sdxl_lcm")},
+        code=fingerprint("pso.miniature.loras"),
+    shell:
+        "python -m pso.miniature.loras 2>&1 | tee {log}"
+
+
+rule hub_gate:
+    input:
+        sorted({path for name in gated_models() for path in model_inputs(name)}),
+    output:
+        f"{HUB}/gate.json",
+    log:
+        f"{BASE}/logs/hub_gate.log",
+    conda:
+        "../../envs/pso-bench.yaml"
+    params:
+        settings=hub_settings("gate"),
+        models={name: model_settings(name) for name in gated_models()},
+        code=fingerprint("pso.miniature.gate"),
+    shell:
+        "python -m pso.miniature.gate 2>&1 | tee {log}"
