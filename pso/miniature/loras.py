@@ -42,7 +42,7 @@ def start_from_difference(policy: Policy, student: Policy) -> None:
 
 
 def truncated(difference: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """down and up, of a linear layer or a convolution, with up down = its truncated SVD; small layers have spare zeros."""
+    """down and up, of a linear layer or a convolution: up down is its truncated SVD; small layers have spare zeros."""
     u, s, v = torch.linalg.svd(difference.flatten(1), full_matrices=False)
     root, spare = s[:rank].sqrt(), max(0, rank - len(s))
     down = F.pad(root[:, None] * v[:rank], (0, 0, 0, spare))

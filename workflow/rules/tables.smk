@@ -70,7 +70,6 @@ rule draw:
 rule sum_up:
     input:
         all_scores(),
-        hub_inputs(*HUB_STEPS),
     output:
         f"{BASE}/cost.md",
     log:
