@@ -59,19 +59,31 @@ class TimeConditioning(nn.Module):
 
     def image_features(self, clip: CLIPModel, x: Tensor, row: Tensor) -> Tensor:
         """Unit vectors [B, D] of CLIP's input x [B, 3, S, S]; row [B] in the table of times."""
-        vision, time = clip.vision_model, F.silu(self.time(row))
-        h = vision.pre_layrnorm(vision.embeddings(x))
-        plain = len(vision.encoder.layers) - len(self.adaptive)
-        for layer in vision.encoder.layers[:plain]:
+        time, plain = F.silu(self.time(row)), len(clip.vision_model.encoder.layers) - len(self.adaptive)
+        gates = time.new_tensor([0, 0, 1, 0, 0, 1])[:, None]  # gates begin at 1
+        adaptive = [adapt(time).unflatten(-1, (6, -1)) + gates for adapt in self.adaptive]
+        return modulated_features(clip, x, [None] * plain + adaptive, self.last(time))
+
+
+def modulated_features(clip: CLIPModel, x: Tensor, layers: list[Tensor | None], last: Tensor) -> Tensor:
+    """Unit vectors [B, D] of CLIP's input x [B, 3, S, S] with every layer and the last norm modulated.
+
+    layers: [B or 1, 6, W] each: shift, scale, gate of attention, then of mlp; None for a layer that is not modulated.
+    last [B or 1, 2 W]: shift, scale.
+    """
+    vision = clip.vision_model
+    h = vision.pre_layrnorm(vision.embeddings(x))
+    for layer, modulation in zip(vision.encoder.layers, layers, strict=True):
+        if modulation is None:
             h = layer(h, None)
-        for layer, adapt in zip(vision.encoder.layers[plain:], self.adaptive, strict=True):
-            shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = adapt(time)[:, None].chunk(6, -1)
-            attended, _ = layer.self_attn(layer.layer_norm1(h) * (1 + scale_1) + shift_1, attention_mask=None)
-            h = h + (1 + gate_1) * attended
-            h = h + (1 + gate_2) * layer.mlp(layer.layer_norm2(h) * (1 + scale_2) + shift_2)
-        shift, scale = self.last(time).chunk(2, -1)
-        pooled = vision.post_layernorm(h[:, 0]) * (1 + scale) + shift
-        return F.normalize(clip.visual_projection(pooled).float(), dim=-1)
+            continue
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation.unsqueeze(2).unbind(1)
+        attended, _ = layer.self_attn(layer.layer_norm1(h) * (1 + scale_1) + shift_1, attention_mask=None)
+        h = h + gate_1 * attended
+        h = h + gate_2 * layer.mlp(layer.layer_norm2(h) * (1 + scale_2) + shift_2)
+    shift, scale = last.chunk(2, -1)
+    pooled = vision.post_layernorm(h[:, 0]) * (1 + scale) + shift
+    return F.normalize(clip.visual_projection(pooled).float(), dim=-1)
 
 
 def preference_loss(logits: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPModel
 
+from baselines.preference_model import modulated_features
 from eval.clip_model import ClipScorer
 from eval.transforms import normalise, to_tensor
 
@@ -43,18 +44,11 @@ class Modulation(nn.Module):
 
     def image_features(self, clip: CLIPModel, x: Tensor, t: int) -> Tensor:
         """Unit vectors [B, D] of CLIP's input x [B, 3, S, S]."""
-        vision, times = clip.vision_model, torch.tensor([float(t)], device=x.device)
+        times = torch.tensor([float(t)], device=x.device)
         sinusoid = get_timestep_embedding(times, FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0)
         time = F.silu(self.time(sinusoid))
-        h = vision.pre_layrnorm(vision.embeddings(x))
-        for layer, adapt in zip(vision.encoder.layers, self.adaptive, strict=True):
-            shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = adapt(time)[:, None].chunk(6, -1)
-            attended, _ = layer.self_attn(layer.layer_norm1(h) * (1 + scale_1) + shift_1, attention_mask=None)
-            h = h + gate_1 * attended
-            h = h + gate_2 * layer.mlp(layer.layer_norm2(h) * (1 + scale_2) + shift_2)
-        shift, scale = self.last(time).chunk(2, -1)
-        pooled = vision.post_layernorm(h[:, 0]) * (1 + scale) + shift
-        return F.normalize(clip.visual_projection(pooled).float(), dim=-1)
+        layers = [adapt(time).unflatten(-1, (6, -1)) for adapt in self.adaptive]
+        return modulated_features(clip, x, layers, self.last(time))
 
 
 def resized(image: Image.Image, size: int) -> Tensor:

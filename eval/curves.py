@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from eval.scores import run_folders
 from pso.entries import Config, Row
 from pso.figures import Curves, short
+from pso.paths import subject_of
 from pso.provenance import UserError
 
 DPI = 100
@@ -48,10 +49,11 @@ def runs(config: Config, results: Path, shown: Curves) -> list[tuple[Row, str, p
     for row in shown.rows:
         for task in shown.tasks:
             for seed, folder in run_folders(config, results, task, row).items():
-                parts = [short(row.label), *([task.partition("/")[2]] if "/" in task else [])]
-                parts += [f"seed {seed}"] if len(config.seeds) > 1 else []
+                parts = [short(row.label), subject_of(task), f"seed {seed}" if len(config.seeds) > 1 else None]
                 path = folder / "train.jsonl"
-                found.append((row, ", ".join(parts), read_probes(path) if path.exists() else pd.DataFrame()))
+                found.append(
+                    (row, ", ".join(filter(None, parts)), read_probes(path) if path.exists() else pd.DataFrame())
+                )
     return found
 
 

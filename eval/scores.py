@@ -49,12 +49,8 @@ def table_entry(config: Config, name: str) -> TableEntry:
     return config.table_entries[name]
 
 
-def all_rows(table: TableEntry) -> list[Row]:
-    return [*table.rows, *table.extra_rows]
-
-
 def find_row(table: TableEntry, label: str) -> Row:
-    return next(row for row in all_rows(table) if row.label == label)
+    return next(row for row in table.all_rows if row.label == label)
 
 
 def metric_title(config: Config, metric: str) -> str:

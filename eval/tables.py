@@ -14,7 +14,6 @@ from eval.paper import printed_decimals
 from eval.scores import (
     MANY_SUBJECTS,
     Scores,
-    all_rows,
     check_same_scorer,
     metric_title,
     pair,
@@ -53,7 +52,7 @@ def build(config: Config, results: Path, name: str) -> pd.DataFrame:
     lines = []
     for eval_set in table.eval_sets:
         scores = _block_scores(config, results, table, eval_set)
-        for row in all_rows(table):
+        for row in table.all_rows:
             lines.append(_line(config, table, eval_set, row, {m: s[row.label] for m, s in scores.items()}))
     return pd.DataFrame(lines).astype(dict.fromkeys(COUNTS, "Int64"))
 
@@ -62,10 +61,10 @@ def _block_scores(config: Config, results: Path, table: TableEntry, eval_set: st
     """metric -> label -> Scores, or None where the row or the column is missing."""
     found: dict[str, dict[str, Scores | None]] = {}
     for metric in all_metrics(table):
-        found[metric] = {row.label: None for row in all_rows(table)}
+        found[metric] = {row.label: None for row in table.all_rows}
         if metric_missing(config, table, metric):
             continue
-        for row in all_rows(table):
+        for row in table.all_rows:
             if row.missing is None:
                 found[metric][row.label] = read_scores(config, results, row, eval_set, metric, table.tasks)
         present = [s for s in found[metric].values() if s is not None]
@@ -149,9 +148,8 @@ def notes(config: Config, table: TableEntry, frame: pd.DataFrame) -> list[str]:
     """What a reader has to know besides the caption: one sentence each."""
     told = [scale_sentence(config)]
     rewards: dict[str, list[str]] = {}
-    for row in all_rows(table):
-        reward = _reward(config, row.method)
-        if reward and row.missing is None:
+    for row in table.shown_rows:
+        if reward := _reward(config, row.method):
             rewards.setdefault(reward, []).append(row.label)
     for metric, labels in rewards.items():
         mark = f" ({TRAINED_ON})" if metric in all_metrics(table) else ""

@@ -139,16 +139,15 @@ def check_table(config: Config, name: str, table: TableEntry) -> None:
             known(f"tables.{name}.metrics", metric, config.metrics)
     for eval_set in table.eval_sets:
         known(f"tables.{name}.eval_sets", eval_set, config.datasets)
-    for row in [*table.rows, *table.extra_rows]:
-        if row.missing is None:  # else it may name a model or method that is yet to come
-            check_row(config, f"tables.{name} row {row.label!r}", row)
+    for row in table.shown_rows:  # another may name a model or method that is yet to come
+        check_row(config, f"tables.{name} row {row.label!r}", row)
 
 
 def check_subjects(config: Config, name: str, table: TableEntry) -> None:
     """A table with subjects is made from folders of subjects and from nothing else."""
     used = [(f"eval_sets names {eval_set}", eval_set) for eval_set in table.eval_sets]
-    for row in [*table.rows, *table.extra_rows]:
-        if row.missing is None and row.method != UNTUNED:
+    for row in table.shown_rows:
+        if row.method != UNTUNED:
             data = config.methods[row.method].data
             used.append((f"row {row.label!r} trains on {data}", data))
     for what, dataset in used:
@@ -189,7 +188,7 @@ def check_evidence(where: str, name: str, model: ModelEntry, method_name: str, m
 def check_claim(config: Config, name: str, claim: ClaimEntry) -> None:
     known(f"claims.{name}.table", claim.table, config.table_entries)
     table = config.table_entries[claim.table]
-    labels = [row.label for row in [*table.rows, *table.extra_rows]]
+    labels = [row.label for row in table.all_rows]
     known(f"claims.{name}.left", claim.left, labels)
     known(f"claims.{name}.right", claim.right, labels)
     known(f"claims.{name}.metric", claim.metric, [*table.metrics, *table.extra_metrics])

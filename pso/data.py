@@ -117,7 +117,7 @@ def load_prompts(path: Path | list[Path], entry: DatasetEntry, name: str) -> lis
 Line = tuple[str, str | None, str | None]  # text, category, challenge
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     try:
         return Path(path).read_bytes().decode()
     except UnicodeDecodeError as error:
@@ -126,7 +126,7 @@ def _read_text(path: Path) -> str:
 
 def _read_parti(path: Path, name: str) -> list[Line]:
     # quoting off: a default reader eats the quotes of `"G I G G L E" painted in ...`
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
     try:
         header, *rows = list(reader) or [[]]
     except csv.Error as error:
@@ -144,7 +144,7 @@ def _read_parti(path: Path, name: str) -> list[Line]:
 
 def _read_caption_json(path: Path, name: str) -> list[Line]:
     try:
-        content = json.loads(_read_text(path))
+        content = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON (line {error.lineno}: {error.msg}); fetch it again.") from None
     if not isinstance(content, list):

@@ -120,6 +120,11 @@ class MethodEntry(Strict):
     tune: TuneConfig
     objective: dict[str, Any]  # the module's own Config
 
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics that a run computes, trained on or not."""
+        return sorted({self.reward, self.tune.probe_reward, *self.tune.probe_metrics} - {None})
+
 
 class Checkpoint(Strict):
     repo: str
@@ -172,6 +177,15 @@ class TableEntry(Strict):
     extra_metrics: list[Name] = []
     rows: list[Row]
     extra_rows: list[Row] = []
+
+    @property
+    def all_rows(self) -> list[Row]:
+        return [*self.rows, *self.extra_rows]
+
+    @property
+    def shown_rows(self) -> list[Row]:
+        """Rows that are not declared missing."""
+        return [row for row in self.all_rows if row.missing is None]
 
     @property
     def tasks(self) -> list[str]:
@@ -242,6 +256,11 @@ class Likeness(Strict):
 
 
 class Gate(Strict):
+    """How often students of a few steps must draw what they are asked for, against the teacher."""
+
+    teacher: Name = "sdxl"
+    teacher_steps: PositiveInt = 50
+    steps: PositiveInt = 4
     num_images: PositiveInt  # per model
     least_share: Annotated[float, Field(ge=0)]  # of the teacher's accuracy
 

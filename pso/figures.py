@@ -34,13 +34,8 @@ class Curves:
     rows: tuple[Row, ...]
 
 
-def present(table: TableEntry) -> list[Row]:
-    """Rows that are not declared missing."""
-    return [row for row in [*table.rows, *table.extra_rows] if row.missing is None]
-
-
 def left_out(table: TableEntry) -> int:
-    return len(table.rows) + len(table.extra_rows) - len(present(table))
+    return len(table.all_rows) - len(table.shown_rows)
 
 
 def short(label: str) -> str:
@@ -65,7 +60,7 @@ def grids(config: Config) -> list[Grid]:
 
 
 def _concept_grids(name: str, table: TableEntry) -> list[Grid]:
-    rows = tuple(present(table))
+    rows = tuple(table.shown_rows)
     shows = f"Two pictures of each subject, then one sample of each row of {name}; {CHOICE}"
     return [
         Grid(f"samples_{table.task}_{eval_set}", name, eval_set, rows, shows) for eval_set in table.eval_sets if rows
@@ -73,7 +68,7 @@ def _concept_grids(name: str, table: TableEntry) -> list[Grid]:
 
 
 def _table_grids(config: Config, name: str, table: TableEntry) -> list[Grid]:
-    found, rows = [], present(table)
+    found, rows = [], table.shown_rows
     few = sorted({row.steps for row in rows if row.steps <= FEW}, reverse=True)
     many = [row for row in rows if row.steps > FEW]
     prefix = _prefix(table.task)
@@ -140,7 +135,7 @@ def curves(config: Config) -> list[Curves]:
     for name in config.tables:
         table = config.table_entries[name]
         tasks[table.task] = tuple(dict.fromkeys([*tasks.get(table.task, ()), *table.tasks]))
-        for row in present(table):
+        for row in table.shown_rows:
             if row.method != UNTUNED:
                 found.setdefault((table.task, row.model), {}).setdefault(row.method, row)
     return [

@@ -10,13 +10,13 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from pso.data import BadImage, Counts, parse_image
+from pso.data import BadImage, Counts, parse_image, read_text
+from pso.dreambooth import IMAGE_SUFFIXES
 from pso.entries import DatasetEntry
 from pso.provenance import UserError, sha256_of
-from pso.shards import check_rows
+from pso.shards import check_file, check_rows
 
 METADATA = "metadata.jsonl"
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 LINE = '{"file_name": "0001.png", "text": "its caption"}'
 
 
@@ -40,11 +40,7 @@ class ImageFolder:
                 f"{self.metadata} is missing; data set {name} (datasets.{name}.repo and .files) is a folder with "
                 f"pictures and this file, one line such as {LINE} for each of them."
             )
-        if entry.sha256 is not None and (found := sha256_of(self.metadata)) != entry.sha256:
-            raise UserError(
-                f"{self.metadata} has sha256 {found}, datasets.{name}.sha256 expects {entry.sha256}; "
-                "fetch the file again or correct the entry."
-            )
+        check_file(self.metadata, entry, name)
         self.pictures = [_picture(self.folder, number, line) for number, line in _lines(self.metadata)]
         check_rows(len(self.pictures), str(self.metadata), entry, name)
         self._check_files()
@@ -66,7 +62,7 @@ class ImageFolder:
                 f"{self.metadata} names {most.relative_to(self.folder)} {count} times; expected one line for each "
                 "picture."
             )
-        there = {path for path in self.folder.rglob("*") if path.suffix.lower() in SUFFIXES}
+        there = {path for path in self.folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES}
         if extra := sorted(there - set(named)):
             raise UserError(
                 f"{self.folder} holds {len(extra)} pictures that {METADATA} does not name, the first is "
@@ -85,11 +81,7 @@ class ImageFolder:
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
-    try:
-        text = path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8.") from None
-    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return [(number, line) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
 
 
 def _picture(folder: Path, number: int, line: str) -> CaptionedPicture:
@@ -107,8 +99,8 @@ def _picture(folder: Path, number: int, line: str) -> CaptionedPicture:
     path = folder / file
     if Path(file).is_absolute() or ".." in Path(file).parts:
         raise UserError(f"{where}: file_name is {file!r}, which lies outside {folder}; expected a file in it.")
-    if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"{where}: file_name is {file!r}; expected one that ends in {', '.join(SUFFIXES)}.")
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        raise UserError(f"{where}: file_name is {file!r}; expected one that ends in {', '.join(IMAGE_SUFFIXES)}.")
     if not path.is_file():
         raise UserError(f"{where}: file_name is {file!r}, but {path} is missing; fetch it or remove the line.")
     return CaptionedPicture(file, content["text"], path)

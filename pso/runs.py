@@ -52,8 +52,8 @@ def jobs(config: Config, model: str | None = None, task: str | None = None) -> l
         table = config.table_entries[name]
         if task not in (None, table.task):
             continue
-        for row in [*table.rows, *table.extra_rows]:
-            if row.missing is None and model in (None, row.model):
+        for row in table.shown_rows:
+            if model in (None, row.model):
                 seeds = [0] if row.method == UNTUNED else config.seeds
                 for one, seed, eval_set in itertools.product(table.tasks, seeds, table.eval_sets):
                     found.add(Job(one, row.model, row.method, seed, eval_set, row.steps))

@@ -177,18 +177,15 @@ class Run:
     def entry(self) -> MethodEntry:
         return self.config.methods[self.method]
 
-    @property
-    def metrics(self) -> list[str]:
-        """Names of the metrics that the run computes, trained on or not."""
-        return sorted({self.entry.reward, self.entry.tune.probe_reward, *self.entry.tune.probe_metrics} - {None})
-
 
 def prepare(run: Run, hub: Hub, device: torch.device) -> tuple[ModuleType, sources.Given, Any, Probe]:
     """What the run needs, loaded once: the method, what its source is given, the source, the probe."""
     config, entry = run.config, run.entry
     module, cfg, source = method_of(run)
     policy, chain = tuned_model(run, hub, device)
-    metrics = {name: load_metric(name, config.metrics[name], hub, policy.device, run.model) for name in run.metrics}
+    metrics = {
+        name: load_metric(name, config.metrics[name], hub, policy.device, run.model) for name in run.entry.metrics
+    }
     reward = metrics.get(entry.reward)
     given = sources.Given(
         policy, chain, cfg, run.seed, entry.tune.batch_size, reward=reward, micro_batch=entry.tune.micro_batch
@@ -243,7 +240,7 @@ def resolved(run: Run, given: sources.Given) -> dict:
         "model": {run.model: config.models[run.model].model_dump()},
         "method": {run.method: {**run.entry.model_dump(), "objective": given.cfg.model_dump(mode="json")}},
         "dataset": {data: recorded(config.datasets[data])},
-        "metrics": {name: config.metrics[name].model_dump() for name in run.metrics},
+        "metrics": {name: config.metrics[name].model_dump() for name in run.entry.metrics},
         "seed": run.seed,
         "dtype": config.scale_entry.dtype,
     }
@@ -309,7 +306,7 @@ def tune(run: Run, accelerator: Accelerator) -> None:
 
 def code_of(run: Run, source) -> str:
     """Fingerprint of all code that decides the numbers of the run."""
-    scorers = [run.config.metrics[name].module for name in run.metrics]
+    scorers = [run.config.metrics[name].module for name in run.entry.metrics]
     return fingerprint("pso.tune", run.entry.module, type(source).__module__, *scorers)
 
 

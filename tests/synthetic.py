@@ -141,7 +141,7 @@ def write_scores(path: Path, scores: pd.DataFrame, row: Row, eval_set: str, metr
 def write_tree(cfg: Config, results: Path) -> Path:
     """Scores of every row, eval set and metric of table1 that is not declared missing."""
     entry = cfg.table_entries["table1"]
-    for row in [*entry.rows, *entry.extra_rows]:
+    for row in entry.all_rows:
         for eval_set in entry.eval_sets if row.missing is None else ():
             for name in [*entry.metrics, *entry.extra_metrics]:
                 for seed in [0] if row.method == UNTUNED else cfg.seeds:

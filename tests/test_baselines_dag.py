@@ -10,7 +10,6 @@ import torch
 from conftest import snakemake
 from safetensors.torch import load_file
 
-from eval.scores import all_rows
 from pso.config import load
 
 BASELINES = [
@@ -96,7 +95,7 @@ def test_the_rows_that_were_there_were_not_trained_again(smoke, made):
 @pytest.mark.parametrize("name", ["table1", "table2", "table4"])
 def test_every_row_is_measured(smoke, name):
     table, entry = shown(smoke, name), load({"scale": "smoke"}).table_entries[name]
-    assert list(table.index.unique("label")) == [row.label for row in [*entry.rows, *entry.extra_rows]]
+    assert list(table.index.unique("label")) == [row.label for row in entry.all_rows]
     measured = [m for m in [*entry.metrics, *entry.extra_metrics] if m not in entry.missing_metrics]
     assert table[measured].notna().all(axis=None) and len(measured) >= 8
 
@@ -104,8 +103,8 @@ def test_every_row_is_measured(smoke, name):
 @pytest.mark.parametrize("model", ["sdxl_dmd2", "sdxl_turbo", "sdxl_lcm"])
 def test_every_baseline_is_in_a_table_for_every_distilled_model(model):
     tables = load().table_entries
-    default = {(r.model, r.method) for name in ("table1", "table2", "table4") for r in all_rows(tables[name])}
-    more = default | {(r.model, r.method) for r in all_rows(tables["extended"])}
+    default = {(r.model, r.method) for name in ("table1", "table2", "table4") for r in tables[name].all_rows}
+    more = default | {(r.model, r.method) for r in tables["extended"].all_rows}
     for name in ("dpo", "rpo", "mapo", "spo"):
         assert (model, f"{name}_adapted") in default and (model, f"{name}_transplant") in more
     assert {(model, m) for m in ("diffusion", "pso_offline", "pso_online")} <= default

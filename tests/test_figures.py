@@ -46,7 +46,7 @@ def run_of(cfg, results, method):
 
 def tree(results, cfg=None):
     cfg = cfg or built()
-    for row in figures.present(cfg.table_entries["table1"]):
+    for row in cfg.table_entries["table1"].shown_rows:
         for eval_set in EVAL_SETS:
             write_images(cfg, results, row, eval_set, SIZE)
         if row.method != UNTUNED:

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import toy
 import transformers
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
@@ -17,9 +18,8 @@ from eval.metrics import aesthetic_score, clip_score, hf_ratio, pick_score, shar
 from eval.transforms import CLIP_MEAN, CLIP_STD, clip_pil, hps_letterbox, normalise, to_tensor
 from pso.config import import_module, load
 from pso.miniature import world
-from pso.miniature.clip import new_clip, save_clip
 from pso.miniature.judges import new_head
-from pso.miniature.text import WINDOW, write_tokenizer
+from pso.miniature.text import WINDOW
 
 ELSEWHERE = ("spm_", "clip_i", "dino")  # rewards only; likeness is in test_likeness.py
 METRICS = {name: entry for name, entry in load().metrics.items() if not name.startswith(ELSEWHERE)}
@@ -38,11 +38,7 @@ def quiet():
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """A folder with a tiny random CLIPModel and its tokenizer."""
-    folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    save_clip(new_clip(write_tokenizer(folder / "first"), "gelu"), folder / "clip")
-    return folder / "clip"
+    return toy.clip_files(tmp_path_factory.mktemp("clip"))["model"]
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +63,7 @@ def scorer(files):
 
 @pytest.fixture(scope="module")
 def pictures():
-    images, *_ = world.render_many(len(CAPTIONS), 5)
-    return [Image.fromarray(image) for image in images]
+    return toy.pictures(len(CAPTIONS))
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:

@@ -21,8 +21,6 @@ from pso.entries import PreferenceModelFit
 from pso.hub import Hub
 from pso.mdp import Renoise
 from pso.miniature import world
-from pso.miniature.clip import new_clip, save_clip
-from pso.miniature.text import write_tokenizer
 from pso.models import load_metric
 from pso.policy import to_images
 from pso.provenance import UserError
@@ -36,11 +34,7 @@ FIT = PreferenceModelFit(num_pairs=20, num_steps=25, batch_size=16, learning_rat
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A tiny random CLIPModel of three vision layers, in the real folder."""
-    folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    save_clip(new_clip(write_tokenizer(folder / "first"), "gelu"), folder / "clip")
-    return {"model": folder / "clip", "processor": folder / "clip"}
+    return toy.clip_files(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture
@@ -50,8 +44,7 @@ def lite(files):
 
 @pytest.fixture(scope="module")
 def pictures():
-    images, *_ = world.render_many(len(CAPTIONS), 5)
-    return [Image.fromarray(image) for image in images]
+    return toy.pictures(len(CAPTIONS))
 
 
 def fresh(scorer, layers: int = 2, times=FORKED) -> spm.TimeConditioning:

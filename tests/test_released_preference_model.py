@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import toy
 from PIL import Image
 from transformers import CLIPModel
 
@@ -13,8 +14,6 @@ from baselines import released_preference_model as released
 from eval.metrics import pick_score
 from pso.config import load
 from pso.miniature import world
-from pso.miniature.clip import new_clip, save_clip
-from pso.miniature.text import write_tokenizer
 
 CAPTIONS = list(world.OF_CAPTION)[::80]
 LAYER = "model.vision_model.encoder.layers.{}.adaLN_modulation.1."
@@ -22,17 +21,12 @@ LAYER = "model.vision_model.encoder.layers.{}.adaLN_modulation.1."
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A tiny random CLIPModel of three vision layers in the real folder, and PickScore's place."""
-    folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    save_clip(new_clip(write_tokenizer(folder / "first"), "gelu"), folder / "clip")
-    return {"model": folder / "clip", "processor": folder / "clip"}
+    return toy.clip_files(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
 def pictures():
-    images, *_ = world.render_many(len(CAPTIONS), 5)
-    return [Image.fromarray(image) for image in images]
+    return toy.pictures(len(CAPTIONS))
 
 
 def state_of(files, gate: float = 1.0, std: float = 0.0, bias_std: float = 0.0) -> dict[str, torch.Tensor]:

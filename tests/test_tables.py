@@ -62,7 +62,7 @@ def test_markdown_is_as_declared(tmp_path):
 def constant_tree(cfg, results, values: dict[str, float]):
     """Every image of a row has the same score: the value of its method and model."""
     entry = cfg.table_entries["table1"]
-    for row in [*entry.rows, *entry.extra_rows]:
+    for row in entry.all_rows:
         for eval_set in entry.eval_sets if row.missing is None else ():
             for name in ("pick_score", "clip_score", "sharpness"):
                 scores = frame(row, eval_set, name).assign(score=values[row.label])

@@ -12,14 +12,32 @@ import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from hypothesis import settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from pso import pso, pso_offline, pso_online
 from pso.evidence import Batch, Evidence, Side
 from pso.mdp import Ancestral, Chain, Renoise
+from pso.miniature import world
+from pso.miniature.clip import new_clip, save_clip
 from pso.miniature.text import WINDOW, write_tokenizer
 from pso.policy import Conditioning, Policy
+
+# ---- pictures and a judge ----
+
+
+def clip_files(folder: Path) -> dict[str, Path]:
+    """A tiny random CLIPModel of three vision layers with its tokenizer, in the real folder."""
+    torch.manual_seed(0)
+    save_clip(new_clip(write_tokenizer(folder / "first"), "gelu"), folder / "clip")
+    return {"model": folder / "clip", "processor": folder / "clip"}
+
+
+def pictures(count: int) -> list[Image.Image]:
+    images, *_ = world.render_many(count, 5)
+    return [Image.fromarray(image) for image in images]
+
 
 # ---- schedules and kernels ----
 

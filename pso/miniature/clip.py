@@ -60,11 +60,22 @@ def tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> dict:
     return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
 
 
+def image_features(model: CLIPModel, x: torch.Tensor) -> torch.Tensor:
+    """Unit vectors [B, D]."""
+    return F.normalize(model.get_image_features(pixel_values=clip_input(x)).pooler_output, dim=-1)
+
+
 def features(model: CLIPModel, tokenizer: CLIPTokenizer, x: torch.Tensor, captions: list[str]):
     """Unit image features [B, D] and text features [P, D]."""
-    image = model.get_image_features(pixel_values=clip_input(x)).pooler_output
+    image = image_features(model, x)
     text = model.get_text_features(**tokens(tokenizer, captions)).pooler_output
-    return F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+    return image, F.normalize(text, dim=-1)
+
+
+def noisy(x: torch.Tensor, rng: torch.Generator, most: float = NOISE) -> torch.Tensor:
+    """Pictures with noise of up to this std, another one for each."""
+    amount = most * torch.rand((len(x), 1, 1, 1), generator=rng)
+    return x + amount * torch.randn(x.shape, generator=rng)
 
 
 def save_clip(model: CLIPModel, folder: Path) -> None:
@@ -104,9 +115,7 @@ def train_one(config: Config, repo: str, activation: str, seed: int, hub: Hub) -
     for _, descend in steps(f"clip {repo}", parameters, fit, betas=(0.9, 0.98), weight_decay=0.01):
         shown = [known[i] for i in rng.permutation(len(known))[: fit.batch_size]]
         index = [int(rng.choice(of[a])) for a in shown]
-        x = images[index]
-        amount = NOISE * torch.rand((len(x), 1, 1, 1), generator=noise)
-        x = x + amount * torch.randn(x.shape, generator=noise)
+        x = noisy(images[index], noise)
         captions = [a.caption(int(rng.integers(len(world.TEMPLATES)))) for a in shown]
         image, text = features(model, tokenizer, x, captions)
         logits = model.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE) * image @ text.T

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 
 from pso.config import add_arguments, from_arguments
-from pso.entries import Config, Fit
+from pso.entries import Fit
 from pso.hub import Hub, hub_dir
 from pso.paths import RESULTS
 from pso.provenance import Meter, record, sentences, write_json
@@ -39,12 +39,19 @@ PARTI = ("google-research/parti", "PartiPrompts.tsv")
 PROMPTS_4K = ("RockeyCoss/SPO", "spo_training_and_inference/assets/prompts/4k_training_prompts.json")
 
 
-def job(name: str, work: Callable[[Config, Hub], dict], options: argparse.ArgumentParser | None = None) -> None:
-    """Run one step of the hub as a command; writes hub/{name}.json last. `options`: what `name` was made from."""
-    parser = argparse.ArgumentParser(description=f"stand-in hub: {name}", parents=[options] if options else [])
+def job(name: str, work: Callable[..., dict], per: str | None = None) -> None:
+    """Run one step of the hub, work(config, hub), as a command; writes hub/{name}.json last.
+
+    A step that is run once `per` model, say, takes --model, does work(config, hub, model) and writes {name}_{model}.
+    """
+    parser = argparse.ArgumentParser(description=f"stand-in hub: {name}")
+    if per is not None:
+        parser.add_argument(f"--{per}", required=True)
     add_arguments(parser)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
+    asked = [] if per is None else [getattr(args, per)]
+    name = "_".join([name, *asked])
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     transformers.logging.set_verbosity_error()  # a text tower out of a whole CLIP leaves the other half unused
     with sentences(f"hub {name}"):
@@ -52,7 +59,7 @@ def job(name: str, work: Callable[[Config, Hub], dict], options: argparse.Argume
         root = hub_dir(config.scale, args.results)
         root.mkdir(parents=True, exist_ok=True)
         hub = Hub(root)
-        found = work(config, hub)
+        found = work(config, hub, *asked)
         settings = {"scale": config.scale, "standin": config.scale_entry.standin.model_dump()}
         write_json(root / f"{name}.json", record(f"hub {name}", settings, hub.inputs(), meter, **found))
 

@@ -3,7 +3,6 @@
 python -m pso.miniature.gate --model sdxl_turbo
 """
 
-import argparse
 import json
 
 import torch
@@ -16,7 +15,6 @@ from pso.models import chain_for, load_policy
 from pso.provenance import UserError
 from pso.rollout import rollouts
 
-TEACHER, TEACHER_STEPS, STEPS = "sdxl", 50, 4
 BATCH = 32
 
 
@@ -34,12 +32,13 @@ def accuracy(config: Config, hub: Hub, name: str, num_steps: int) -> float:
 
 
 def measure(config: Config, hub: Hub, name: str) -> dict:
-    if name == TEACHER:
-        return {"accuracy": accuracy(config, hub, name, TEACHER_STEPS)}
-    teacher = json.loads((hub.root / f"gate_{TEACHER}.json").read_text())["accuracy"]
-    found = accuracy(config, hub, name, STEPS)
+    gate = config.scale_entry.standin.gate
+    if name == gate.teacher:
+        return {"accuracy": accuracy(config, hub, name, gate.teacher_steps)}
+    teacher = json.loads((hub.root / f"gate_{gate.teacher}.json").read_text())["accuracy"]
+    found = accuracy(config, hub, name, gate.steps)
     log.info("accuracy: %s %.3f, teacher %.3f", name, found, teacher)
-    refuse(name, found, teacher, config.scale_entry.standin.gate.least_share)
+    refuse(name, found, teacher, gate.least_share)
     return {"accuracy": found, "teacher": teacher}
 
 
@@ -53,7 +52,4 @@ def refuse(name: str, found: float, teacher: float, least_share: float) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--model", required=True)
-    asked, _ = parser.parse_known_args()
-    job(f"gate_{asked.model}", lambda config, hub: measure(config, hub, asked.model), parser)
+    job("gate", measure, per="model")

@@ -12,7 +12,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from pso.entries import Config
 from pso.hub import Hub
 from pso.miniature import oracle, world
-from pso.miniature.clip import CLIP_H, CLIP_L, MAX_LOGIT_SCALE, clip_input, features, save_clip
+from pso.miniature.clip import CLIP_H, CLIP_L, MAX_LOGIT_SCALE, features, image_features, noisy, save_clip
 from pso.miniature.common import AESTHETIC, PICK_SCORE, job, log, pixels, steps
 from pso.miniature.data import pairs
 
@@ -60,9 +60,7 @@ def _scores(model, tokenizer, first, second, captions, noise: torch.Generator | 
     """logit_scale * cos of each picture with its caption [B, 2]."""
     both = torch.cat([first, second])
     if noise is not None:
-        both = both + NOISE * torch.rand((len(both), 1, 1, 1), generator=noise) * torch.randn(
-            both.shape, generator=noise
-        )
+        both = noisy(both, noise, NOISE)
     image, text = features(model, tokenizer, both, captions)
     cos = (image.view(2, len(captions), -1) * text).sum(-1).T
     return model.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE) * cos
@@ -80,7 +78,7 @@ def train_aesthetic(config: Config, hub: Hub) -> dict:
     size = (seen.size - np.mean(world.SIZES)) / oracle.SIZE_SCALE
     rating = torch.tensor(5 + seen.glow + size + (seen.fit - 0.9), dtype=torch.float32)
     with torch.no_grad():
-        embedded = torch.cat([F.normalize(_embed(model, part), dim=-1) for part in pixels(images).split(250)])
+        embedded = torch.cat([image_features(model, part) for part in pixels(images).split(250)])
     head = new_head(embedded.shape[1])
     rng = torch.Generator().manual_seed(seed)
     for _, descend in steps("aesthetic", list(head.parameters()), fit):
@@ -92,10 +90,6 @@ def train_aesthetic(config: Config, hub: Hub) -> dict:
     with torch.no_grad():
         correlation = np.corrcoef(head(embedded)[:, 0].numpy(), rating.numpy())[0, 1]
     return {"correlation": round(float(correlation), 3)}
-
-
-def _embed(model: CLIPModel, x: torch.Tensor) -> torch.Tensor:
-    return model.get_image_features(pixel_values=clip_input(x)).pooler_output
 
 
 def new_head(width: int) -> torch.nn.Sequential:

@@ -17,23 +17,14 @@ from transformers import CLIPModel, ViTConfig, ViTModel
 from pso.entries import Config
 from pso.hub import Hub
 from pso.miniature import subjects, world
-from pso.miniature.clip import clip_input, train_one
+from pso.miniature.clip import VISION, image_features, noisy, train_one
 from pso.miniature.common import job, log, pixels, steps
 
 CLIP_B = "openai/clip-vit-base-patch32"
 DINO = "facebook/dino-vits16"
-VISION = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "patch_size": 4,
-    "image_size": world.RESOLUTION,
-}
 LAYER_NORM_EPS = 1e-6  # in training; the config that is saved says 1e-12, as the real one's does
 TEMPERATURE = 0.1
 PLAIN = 0.3  # share of things in one colour
-NOISE = 0.15  # std of the noise on training pictures, as for the other CLIPs
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
@@ -49,10 +40,6 @@ def dino_input(x: Tensor) -> Tensor:
 def dino_features(model: ViTModel, x: Tensor) -> Tensor:
     """Unit class tokens [B, D]."""
     return F.normalize(model(pixel_values=dino_input(x)).last_hidden_state[:, 0], dim=-1)
-
-
-def clip_features(model: CLIPModel, x: Tensor) -> Tensor:
-    return F.normalize(model.get_image_features(pixel_values=clip_input(x)).pooler_output, dim=-1)
 
 
 def chance_thing(rng: np.random.Generator) -> subjects.Thing:
@@ -78,11 +65,12 @@ def train_dino(config: Config, hub: Hub, seed: int) -> ViTModel:
     fit = config.scale_entry.standin.likeness.dino
     torch.manual_seed(seed)
     noise, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
-    model = ViTModel(ViTConfig(**VISION, layer_norm_eps=LAYER_NORM_EPS), add_pooling_layer=False)
+    model = ViTModel(
+        ViTConfig(**VISION, image_size=world.RESOLUTION, layer_norm_eps=LAYER_NORM_EPS), add_pooling_layer=False
+    )
     for _, descend in steps(f"dino {DINO}", list(model.parameters()), fit, betas=(0.9, 0.98), weight_decay=0.01):
         x = views(fit.batch_size, rng).flatten(0, 1)
-        amount = NOISE * torch.rand((len(x), 1, 1, 1), generator=noise)
-        one, other = dino_features(model, x + amount * torch.randn(x.shape, generator=noise)).chunk(2)
+        one, other = dino_features(model, noisy(x, noise)).chunk(2)
         logits, match = one @ other.T / TEMPERATURE, torch.arange(fit.batch_size)
         descend((F.cross_entropy(logits, match) + F.cross_entropy(logits.T, match)) / 2)
     model.eval().config.layer_norm_eps = 1e-12
@@ -117,7 +105,7 @@ def train(config: Config, hub: Hub) -> dict:
     clip = CLIPModel.from_pretrained(hub.root / CLIP_B, local_files_only=True).eval()
     dino = train_dino(config, hub, seed + 80)
     found = {
-        CLIP_B: likeness(lambda x: clip_features(clip, x)),
+        CLIP_B: likeness(lambda x: image_features(clip, x)),
         DINO: likeness(lambda x: dino_features(dino, x)),
     }
     for repo, cosine in found.items():

@@ -5,7 +5,6 @@
 Which run stands for which checkpoint is an entry of scales.yaml (`published`).
 """
 
-import argparse
 import shutil
 
 from pso.config import ConfigError
@@ -49,7 +48,4 @@ def save_unet(config: Config, hub: Hub, entry: Published, lora) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--name", required=True)
-    asked, _ = parser.parse_known_args()
-    job(f"published_{asked.name}", lambda config, hub: publish(config, hub, asked.name), parser)
+    job("published", publish, per="name")

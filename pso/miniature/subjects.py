@@ -6,16 +6,15 @@ shape in one colour. Position, background, size and grain change from picture to
 
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from pso.dreambooth import HEADINGS, PROMPT_FILE
 from pso.entries import Config
 from pso.hub import Hub
 from pso.miniature import world
 from pso.miniature.common import job
+from pso.miniature.data import png
 from pso.provenance import atomic
 
 DREAMBOOTH = ("google/dreambooth", "dataset")
@@ -69,9 +68,7 @@ def render(thing: Thing, background: Colour, position: float, rng: np.random.Gen
     """One picture [32, 32, 3] uint8 of a thing at x = position, with the world's jitter and grain, without rim."""
     size = float(rng.uniform(*SIZES))
     cx, cy = (centre + rng.uniform(-world.JITTER, world.JITTER) for centre in (position, world.CENTRE_Y))
-    blocks = world.RESOLUTION // world.GRAIN
-    grain = world.GRAIN_LEVELS * rng.choice([-1.0, 1.0], size=(blocks, blocks))
-    image = np.asarray(background) + np.kron(grain, np.ones((world.GRAIN, world.GRAIN)))[..., None]
+    image = world.ground(background, rng)
     y, x = np.mgrid[0 : world.RESOLUTION, 0 : world.RESOLUTION]
     dx, dy = x - cx, y - cy
     share = second_part(thing.pattern, size, dx, dy)[..., None]
@@ -112,13 +109,9 @@ def make(config: Config, hub: Hub) -> dict:
         part.write_text(prompt_file())
     for number, (name, thing) in enumerate(SUBJECTS.items()):
         for k, picture in enumerate(pictures(thing, NUM_PICTURES, config.scale_entry.standin.seed + 60 + number)):
-            write_png(folder / name / f"{k:02d}.png", picture)
+            with atomic(folder / name / f"{k:02d}.png") as part:
+                part.write_bytes(png(picture))
     return {"subjects": {name: NUM_PICTURES for name in SUBJECTS}}
-
-
-def write_png(path: Path, picture: np.ndarray) -> None:
-    with atomic(path) as part:
-        Image.fromarray(picture).save(part, "PNG")
 
 
 if __name__ == "__main__":

@@ -84,15 +84,20 @@ def signed_distance(shape: str, size, dx, dy) -> np.ndarray:
     raise ValueError(f"shape is {shape!r}; expected one of {', '.join(SHAPES)}")
 
 
+def ground(colour, rng: np.random.Generator) -> np.ndarray:
+    """A background [32, 32, 3] with its grain."""
+    blocks = RESOLUTION // GRAIN
+    grain = GRAIN_LEVELS * rng.choice([-1.0, 1.0], size=(blocks, blocks))
+    return np.asarray(colour) + np.kron(grain, np.ones((GRAIN, GRAIN)))[..., None]
+
+
 def render(attributes: Attributes, rng: np.random.Generator, glow=None, size=None, rim_width=RIM):
     """One picture [32, 32, 3] uint8 and what its caption does not say, {"glow": .., "size": ..}."""
     glow = float(rng.beta(0.8, 1.2)) if glow is None else glow
     size = float(rng.uniform(*SIZES)) if size is None else size
     cx = POSITIONS[attributes.position] + rng.uniform(-JITTER, JITTER)
     cy = CENTRE_Y + rng.uniform(-JITTER, JITTER)
-    blocks = RESOLUTION // GRAIN
-    grain = GRAIN_LEVELS * rng.choice([-1.0, 1.0], size=(blocks, blocks))
-    image = np.asarray(BACKGROUNDS[attributes.background]) + np.kron(grain, np.ones((GRAIN, GRAIN)))[..., None]
+    image = ground(BACKGROUNDS[attributes.background], rng)
     y, x = np.mgrid[0:RESOLUTION, 0:RESOLUTION]
     distance = signed_distance(attributes.shape, size, x - cx, y - cy)
     rim = glow * np.clip(rim_width + 0.5 - distance, 0, 1)[..., None]

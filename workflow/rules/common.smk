@@ -58,7 +58,7 @@ SCORER_STEPS = {
     "facebook/dino-vits16": "likeness",
 }
 SPM = CONFIG.scale_entry.preference_model
-TEACHER, GATED_STEPS = "sdxl", 4
+GATE = STANDIN.gate
 FIGURES = [f"{BASE}/figures/{name}.png" for name in figure_names(CONFIG)]
 
 
@@ -105,14 +105,6 @@ def method_settings(method):
     entry = CONFIG.methods[method]
     found = entry.model_dump(exclude={"title": True, "tune": {"checkpoint_every"}})
     return {**found, "data": CONFIG.datasets[entry.data].model_dump()}
-
-
-def rewards(method):
-    """Metrics that a run computes, trained on or not."""
-    entry = CONFIG.methods[method]
-    return sorted(
-        {entry.reward, entry.tune.probe_reward, *entry.tune.probe_metrics} - {None}
-    )
 
 
 def source_modules(method):
@@ -172,23 +164,20 @@ def scorer_inputs(*names):
 
 def reward_inputs(method, model):
     """The hub's steps that make a run's judges; a head for each model is made by a step of its own."""
-    heads = [CONFIG.metrics[m].head for m in rewards(method)]
+    names = CONFIG.methods[method].metrics
+    heads = [CONFIG.metrics[name].head for name in names]
     own = any(head is not None and "{model}" in (head.file or "") for head in heads)
-    return scorer_inputs(*rewards(method)) + (
+    return scorer_inputs(*names) + (
         hub_inputs(f"preference_model_{model}") if own else []
     )
 
 
 def gate_inputs(model):
     """The verdict that a student draws what it is asked for; other models have no gate."""
-    gated = (
-        CONFIG.models[model].tuned_steps == GATED_STEPS or CONFIG.models[model].loras
-    )
-    return (
-        hub_inputs(f"gate_{model}")
-        if gated and GATED_STEPS in CONFIG.models[model].grids
-        else []
-    )
+    entry = CONFIG.models[model]
+    student = GATE.steps in entry.grids
+    gated = student and (entry.tuned_steps == GATE.steps or entry.loras)
+    return hub_inputs(f"gate_{model}") if gated else []
 
 
 def pair_inputs(dataset):
@@ -253,10 +242,7 @@ def lora_inputs(wildcards):
 
 
 def table_models(table):
-    entry = CONFIG.table_entries[table]
-    return sorted(
-        {row.model for row in [*entry.rows, *entry.extra_rows] if row.missing is None}
-    )
+    return sorted({row.model for row in CONFIG.table_entries[table].shown_rows})
 
 
 def shown_steps():

@@ -227,7 +227,7 @@ for name, run in PUBLISHED.items():
 rule hub_gate:  # before a student is tuned or shown; a change that makes it run again makes those run again too
     input:
         lambda w: model_inputs(w.model),
-        lambda w: hub_inputs(f"gate_{TEACHER}") if w.model != TEACHER else [],
+        lambda w: hub_inputs(f"gate_{GATE.teacher}") if w.model != GATE.teacher else [],
     output:
         f"{HUB}/gate_{{model}}.json",
     log:
@@ -237,7 +237,7 @@ rule hub_gate:  # before a student is tuned or shown; a change that makes it run
     params:
         settings=hub_settings("gate"),
         model=lambda w: model_settings(
-            w.model, 50 if w.model == TEACHER else GATED_STEPS
+            w.model, GATE.teacher_steps if w.model == GATE.teacher else GATE.steps
         ),
         code=fingerprint("pso.miniature.gate"),
     shell:

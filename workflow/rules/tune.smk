@@ -17,13 +17,15 @@ rule tune:
     params:
         method=lambda w: method_settings(w.method),
         model=lambda w: model_settings(w.model, CONFIG.models[w.model].tuned_steps),
-        rewards=lambda w: {m: scorer_settings(m) for m in rewards(w.method)},
+        rewards=lambda w: {
+            m: scorer_settings(m) for m in CONFIG.methods[w.method].metrics
+        },
         dtype=CONFIG.scale_entry.dtype,
         code=lambda w: fingerprint(
             "pso.tune",
             CONFIG.methods[w.method].module,
             *source_modules(w.method),
-            *(CONFIG.metrics[m].module for m in rewards(w.method)),
+            *(CONFIG.metrics[m].module for m in CONFIG.methods[w.method].metrics),
         ),
     shell:
         "python -m pso.tune --task {wildcards.task} --model {wildcards.model}"
