@@ -29,8 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPModel
 
-from eval.clip_model import ClipScorer
-from eval.transforms import clip_pil
+from eval.clip_model import ClipScorer, load_clip
 from pso.provenance import UserError
 
 REPOSITORY = "SPO-Diffusion-Models/Step-Aware_Preference_Models"  # where the authors' weights lie, and ours
@@ -128,17 +127,17 @@ class StepScorer:
             raise UserError(f"the preference model was trained for times {known}, not {t}; train one for this model.")
         if t not in self.used:
             return base.image_features(images)
-        x = torch.stack([base.transform(image, base.size) for image in images]).to(base.device)
+        x = base.pixels(images)
         row = torch.full((len(x),), model.times.index(t), device=x.device)
         return model.image_features(base.model, x, row)
 
 
 def pick_score(files: dict[str, Path], device) -> ClipScorer:
-    return ClipScorer(files["model"], files["processor"], clip_pil, {"transform": "clip_pil"}, device)
+    return ClipScorer(load_clip(files["model"], "gelu", device), files["processor"], "clip_pil224", {})
 
 
 def load_lite(files: dict[str, Path], device) -> StepScorer:
-    return StepScorer(pick_score(files, device), {"metric": "spm_lite"})
+    return StepScorer(pick_score(files, device), {})
 
 
 def load_distilled(files: dict[str, Path], device) -> StepScorer:
@@ -155,7 +154,7 @@ def load_distilled(files: dict[str, Path], device) -> StepScorer:
         raise ValueError(f"{path} is no preference model on this PickScore ({first}); train it again") from error
     used = [t for t in about["times"] if about["agreement"].get(str(t), {}).get("verdict") == GO]
     scored_by = {str(t): "spm_distilled" if t in used else "spm_lite" for t in about["times"]}
-    spec = {"metric": "spm_distilled", "scored_by": scored_by, "agreement": about["agreement"]}
+    spec = {"scored_by": scored_by, "agreement": about["agreement"]}
     return StepScorer(base, spec, conditioning.to(device).eval().requires_grad_(False), used)
 
 

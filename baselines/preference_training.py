@@ -100,7 +100,7 @@ def _seen(policy, chain, n, clean, condition, index, seed, base) -> Tensor:
     with torch.no_grad():
         x0 = chain.x0_hat(number, x, policy.eps(chain, number, x, condition))
     pictures = to_images(policy.decode(x0))
-    return torch.stack([base.transform(p, base.size) for p in pictures]).half().unflatten(0, (2, -1))
+    return base.pixels(pictures).half().unflatten(0, (2, -1))
 
 
 # ---- training ----

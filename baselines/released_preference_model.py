@@ -8,6 +8,7 @@ key, read with weights_only; each key has to find its place.
 Deviation: a picture is read from 8 bits, as every scorer here does; the authors hand over the decoder's floats.
 """
 
+import copy
 import pickle
 import re
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 
 from baselines.preference_model import modulated_features
-from eval.clip_model import ClipScorer
+from eval.clip_model import ClipScorer, load_clip
 from eval.transforms import normalise, to_tensor
 
 FREQUENCIES = 256  # numbers of the sinusoid
@@ -70,20 +71,21 @@ class ReleasedScorer:
         self.base, self.modulation = base, modulation
         self.scale = base.model.logit_scale.detach().exp()
         logit_scale = round(self.scale.item(), 4)
-        self.spec = {**base.spec, "output": "logit_scale x cosine", "logit_scale": logit_scale}
+        spec = {"output": "logit_scale x cosine", "transform": "spo_bicubic", "logit_scale": logit_scale}
+        self.spec = {**base.spec, **spec}
 
     @torch.no_grad()
     def score(self, images: list[Image.Image], prompts: list[str], t: int = 0) -> Tensor:
         base = self.base
-        x = torch.stack([base.transform(image, base.size) for image in images]).to(base.device)
+        x = torch.stack([resized(image, base.size) for image in images]).to(base.device)
         features = self.modulation.image_features(base.model, x, t)
         return self.scale * (features * base.text_features(prompts)).sum(-1)
 
 
 def load(files: dict[str, Path], device) -> ReleasedScorer:
     """PickScore's architecture with the authors' weights in it; ValueError for a file of another model."""
-    spec = {"metric": "spm_released", "transform": "spo_bicubic"}
-    base = ClipScorer(files["model"], files["processor"], resized, spec, device)
+    model = copy.deepcopy(load_clip(files["model"], "gelu", device))  # PickScore's own stays as it is
+    base = ClipScorer(model, files["processor"], "clip_pil224", {})
     modulation = Modulation(base.model)
     try:
         state = torch.load(files["head"], map_location="cpu", weights_only=True)

@@ -1,56 +1,102 @@
 """A CLIPModel as a scorer: cosine of picture and caption, float32, text features kept per prompt."""
 
+import html
+import re
 from collections.abc import Callable
 from pathlib import Path
+from weakref import WeakValueDictionary
 
+import ftfy
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
+from eval.transforms import pixels, shared
 
-def load_clip(folder: Path) -> CLIPModel:
-    """Every weight from the checkpoint, in float32. transformers would draw a missing one at random."""
-    model, info = CLIPModel.from_pretrained(
-        folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
-    )
-    missing = sorted(info["missing_keys"])
-    unknown = sorted(k for k in info["unexpected_keys"] if not k.endswith("position_ids"))  # a buffer of old files
-    if missing or unknown:
-        raise ValueError(f"weights in {folder} lack {missing} and have {unknown} in excess; fetch the checkpoint again")
+_loaded: WeakValueDictionary = WeakValueDictionary()  # (folder, device) -> model, while a scorer holds it
+
+
+def load_clip(folder: Path, activation: str, device) -> CLIPModel:
+    """Every weight from the checkpoint, in float32; scorers of one checkpoint share it.
+
+    activation: what it was trained with, "gelu" or "quick_gelu". A config that says otherwise loads without a word
+    and moves scores by more than any tuning does; a missing weight would be drawn at random.
+    """
+    key = (str(Path(folder).resolve()), str(device))
+    if key not in _loaded:
+        model, info = CLIPModel.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        )
+        missing = sorted(info["missing_keys"])
+        unknown = sorted(k for k in info["unexpected_keys"] if not k.endswith("position_ids"))  # of old files
+        if missing or unknown:
+            raise ValueError(
+                f"weights in {folder} lack {missing} and have {unknown} in excess; fetch the checkpoint again"
+            )
+        _loaded[key] = model = model.to(device).eval()
+    model = _loaded[key]
+    for part in ("text_config", "vision_config"):
+        if (found := getattr(model.config, part).hidden_act) != activation:
+            raise ValueError(f"{part}.hidden_act in {folder}/config.json is {found!r}; expected {activation!r}")
     return model
 
 
-class ClipScorer:
-    """`transform(image, size)` is one of eval.transforms; the tokenizer may lie in another repository."""
+def as_open_clip(prompt: str) -> str:
+    """What open_clip's tokenizer does to a text before it cuts it into tokens; transformers' does less of it."""
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip().lower()
 
-    def __init__(self, model: Path, tokenizer: Path, transform: Callable, spec: dict, device):
-        self.model = load_clip(model).to(device).eval()
+
+class ClipScorer:
+    """transform: a preset of eval.transforms. tokenizer: its folder. clean: done to a prompt before its tokens."""
+
+    def __init__(self, model: CLIPModel, tokenizer: Path, transform: str, spec: dict, clean: Callable = str):
+        self.model, self.device, self.transform, self.clean = model, model.device, transform, clean
         self.tokenizer = CLIPTokenizer.from_pretrained(tokenizer, local_files_only=True)
-        vocabulary = self.model.config.text_config.vocab_size
+        vocabulary = model.config.text_config.vocab_size
         if len(self.tokenizer) != vocabulary:  # a missing file loads silently as a tokenizer of two words
             raise ValueError(f"tokenizer in {tokenizer} has {len(self.tokenizer)} tokens; expected {vocabulary}")
-        self.transform, self.device = transform, device
-        self.size = self.model.config.vision_config.image_size
-        self.spec = {**spec, "dtype": "float32", "logit_scale": round(self.model.logit_scale.exp().item(), 4)}
+        self.size = model.config.vision_config.image_size
+        self.window = model.config.text_config.max_position_embeddings
+        scale = round(model.logit_scale.exp().item(), 4)
+        self.spec = {**spec, "transform": transform, "dtype": "float32", "logit_scale": scale}
         self.text: dict[str, Tensor] = {}
+
+    def pixels(self, images: list[Image.Image]) -> Tensor:
+        """The network's input [B, 3, S, S]."""
+        return pixels(images, self.transform, self.size).to(self.device)
 
     @torch.no_grad()
     def image_features(self, images: list[Image.Image]) -> Tensor:
         """Unit vectors [B, D]."""
-        x = torch.stack([self.transform(image, self.size) for image in images]).to(self.device)
-        return F.normalize(self.model.get_image_features(pixel_values=x).pooler_output.float(), dim=-1)
+
+        def features() -> Tensor:
+            with torch.backends.cudnn.flags(allow_tf32=False):  # CUDA's convolutions are TF32 unless told otherwise
+                found = self.model.get_image_features(pixel_values=self.pixels(images)).pooler_output
+            return F.normalize(found.float(), dim=-1)
+
+        return shared(images, (id(self.model), self.transform), features)
 
     @torch.no_grad()
     def text_features(self, prompts: list[str]) -> Tensor:
         """Unit vectors [B, D], each prompt encoded once. Prompts beyond the window are cut by the tokenizer."""
         for prompt in (p for p in dict.fromkeys(prompts) if p not in self.text):
             # alone, because a batch changes the last bits: a resumed run would not see the scores it saw before
-            tokens = self.tokenizer([prompt], padding="max_length", truncation=True, return_tensors="pt")
+            tokens = self.tokenizer(
+                [self.clean(prompt)],
+                padding="max_length",
+                truncation=True,
+                max_length=self.window,
+                return_tensors="pt",
+            )
             found = self.model.get_text_features(**tokens.to(self.device)).pooler_output[0].float()
             self.text[prompt] = F.normalize(found, dim=-1)
         return torch.stack([self.text[p] for p in prompts])
+
+    def truncated(self, prompt: str) -> bool:
+        """Whether the network sees only the beginning of a prompt."""
+        return len(self.tokenizer(self.clean(prompt))["input_ids"]) > self.window
 
     def score(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
         """Cosine [B], one per picture."""

@@ -69,11 +69,9 @@ def decode(data: bytes, name: str, again: str) -> Image.Image:
 def score_images(scorer, frame: pd.DataFrame, pictures: list[Image.Image] | None = None) -> torch.Tensor:
     """One score per image [B], float32, in the frame's order. A scorer that asks for them gets a subject's pictures."""
     images, prompts = frame["image"].tolist(), frame["prompt"].tolist()
-    more = {"pictures": pictures} if getattr(scorer, "needs_pictures", False) else {}
-    parts = [
-        scorer.score(images[i : i + BATCH], prompts[i : i + BATCH], **more).cpu() for i in range(0, len(frame), BATCH)
-    ]
-    return torch.cat(parts)
+    more = [[pictures] * BATCH] if hasattr(scorer, "compared_with") else []
+    batches = [(images[i : i + BATCH], prompts[i : i + BATCH]) for i in range(0, len(frame), BATCH)]
+    return torch.cat([scorer.score(*batch, *(rows[: len(batch[0])] for rows in more)).cpu() for batch in batches])
 
 
 def pictures_of(config: Config, hub: Hub, job: Job) -> tuple[list[Image.Image] | None, list[str]]:

@@ -130,6 +130,8 @@ class Checkpoint(Strict):
     repo: str
     file: str | None = None
     processor: str | None = None  # repository of tokenizer and image settings, where another
+    revision: str | None = None  # of the repository, where known
+    sha256: str | None = None  # of `file`, where known; checked on loading
 
 
 class MetricEntry(Strict):
@@ -140,6 +142,7 @@ class MetricEntry(Strict):
     decimals: Annotated[int, Field(ge=0)]
     higher_is_better: bool = True
     scale: float = 1.0  # printed = scale * score
+    settings: dict[str, Any] = {}  # keyword arguments of the module's load()
     checkpoint: Checkpoint | None = None
     head: Checkpoint | None = None
     only_scales: list[str] | None = None  # where the column can exist at all
@@ -309,6 +312,7 @@ class ScaleEntry(Strict):
     bootstrap_resamples: PositiveInt = 10_000
     models: dict[Name, dict[str, Any]] = {}
     methods: dict[Name, dict[str, Any]] = {}
+    metrics: dict[Name, dict[str, Any]] = {}
     datasets: dict[Name, dict[str, Any]] = {}
     tables: dict[Name, dict[str, Any]] = {}
 

@@ -1,5 +1,6 @@
 """One entry of models.yaml -> a loaded policy and its sampler."""
 
+import inspect
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +20,7 @@ from pso.config import ConfigError, import_module
 from pso.entries import Checkpoint, Delta, Lora, MetricEntry, ModelEntry, UNetSource
 from pso.hub import Hub
 from pso.policy import Policy
-from pso.provenance import UserError, fingerprint
+from pso.provenance import UserError, fingerprint, sha256_of
 
 SAMPLERS = {"renoise": mdp.Renoise, "ancestral": mdp.Ancestral, "ddim": mdp.Ddim, "euler": mdp.Euler}
 # what the loaders raise on a missing, cut or foreign file
@@ -199,13 +200,15 @@ def load_metric(name: str, entry: MetricEntry, hub: Hub, device, model: str | No
         if "{model}" in (entry.head.file or "") and model is None:
             raise ConfigError(f"metrics.{name} has a head for each model, so it can only be a method's reward.")
         files["head"] = _checkpoint(entry.head, own, model)
+    if unknown := sorted(set(entry.settings) - set(inspect.signature(module.load).parameters)):
+        raise ConfigError(f"metrics.{name}.settings has {unknown[0]!r}, which {entry.module} does not take.")
     try:
-        scorer = module.load(files, device)
+        scorer = module.load(files, device, **entry.settings)
     except BROKEN as error:  # a file of another model, or a broken one
         reason = _reason(error, own.used.values())
         raise UserError(f"metrics.{name} cannot be loaded ({reason}); fetch its files again.") from error
     hub.used |= own.used
-    spec = {**scorer.spec, "code": fingerprint(entry.module)}
+    spec = {**scorer.spec, "metric": name, "code": fingerprint(entry.module)}
     if own.used:
         spec["files"] = {f"{i['repo']}/{i['file']}": i["sha256"] for i in own.inputs()}
     scorer.spec = spec  # on the scorer: its class may share the old one with others
@@ -214,7 +217,10 @@ def load_metric(name: str, entry: MetricEntry, hub: Hub, device, model: str | No
 
 def _checkpoint(checkpoint: Checkpoint, hub: Hub, model: str | None = None) -> Path:
     if checkpoint.file is not None:
-        return hub.file(checkpoint.repo, checkpoint.file.replace("{model}", model or ""))
+        path = hub.file(checkpoint.repo, checkpoint.file.replace("{model}", model or ""))
+        if checkpoint.sha256 not in (None, found := sha256_of(path)):
+            raise UserError(f"{path} has sha256 {found}; expected {checkpoint.sha256}: fetch it again.")
+        return path
     hub.files(checkpoint.repo, "model*.safetensors")  # as transformers names them; others lie beside them unread
     hub.file(checkpoint.repo, "config.json")
     return hub.repo(checkpoint.repo)

@@ -256,7 +256,7 @@ def test_a_wrong_value_of_a_scale_is_named_with_the_scale(scale):
     [
         ("scales.smoke.models.sdxl_dmd2.resolutio", "is not a known key; did you mean resolution?"),
         ("scales.smoke.datasets.parti_promts", "is not a known key; did you mean parti_prompts?"),
-        ("scales.smoke.metrics", "is not a known key; known keys: "),
+        ("scales.smoke.claims", "is not a known key; known keys: "),
     ],
 )
 def test_a_misspelt_key_of_a_scales_overrides_is_named_with_the_scale(path, sentence):

@@ -27,10 +27,10 @@ from pso.policy import Conditioning, Policy
 # ---- pictures and a judge ----
 
 
-def clip_files(folder: Path) -> dict[str, Path]:
+def clip_files(folder: Path, activation: str = "gelu") -> dict[str, Path]:
     """A tiny random CLIPModel of three vision layers with its tokenizer, in the real folder."""
     torch.manual_seed(0)
-    save_clip(new_clip(write_tokenizer(folder / "first"), "gelu"), folder / "clip")
+    save_clip(new_clip(write_tokenizer(folder / "first"), activation), folder / "clip")
     return {"model": folder / "clip", "processor": folder / "clip"}
 
 

@@ -6,16 +6,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eval.clip_model import ClipScorer
-from eval.transforms import clip_pil
+from eval.clip_model import ClipScorer, load_clip
 
 LAYERS = (0, 2, 4, 6, 7)  # of the published Sequential; dropout in between
 
 
 class AestheticScorer:
     def __init__(self, files: dict[str, Path], device):
-        spec = {"metric": "aesthetic_score", "output": "rating", "transform": "clip_pil"}
-        self.clip = ClipScorer(files["model"], files["processor"], clip_pil, spec, device)
+        model = load_clip(files["model"], "quick_gelu", device)
+        self.clip = ClipScorer(model, files["processor"], "clip_pil224", {"output": "rating"})
         state = torch.load(files["head"], map_location="cpu", weights_only=True)
         expected = {f"layers.{i}.{kind}" for i in LAYERS for kind in ("weight", "bias")}
         if set(state) != expected:

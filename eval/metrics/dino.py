@@ -8,13 +8,14 @@ from PIL import Image
 from torch import Tensor
 from transformers import ViTModel
 
-from eval.transforms import dino_pil
+from eval.compared import mean_cosine
+from eval.transforms import pixels, shared
 
 LAYER_NORM_EPS = 1e-6  # DINO's; the converted checkpoint's config says 1e-12
 
 
 class DinoScorer:
-    needs_pictures = True
+    compared_with = "pictures"
 
     def __init__(self, folder: Path, device):
         model, info = ViTModel.from_pretrained(
@@ -33,9 +34,8 @@ class DinoScorer:
             )
         self.model, self.device, self.size = model.to(device).eval(), device, model.config.image_size
         self.spec = {
-            "metric": "dino",
             "output": "mean cosine of class tokens with a subject's pictures",
-            "transform": "dino_pil",
+            "transform": "dino_256_224",
             "layer_norm_eps": LAYER_NORM_EPS,
             "dtype": "float32",
         }
@@ -43,12 +43,17 @@ class DinoScorer:
     @torch.no_grad()
     def features(self, images: list[Image.Image]) -> Tensor:
         """Unit class tokens [B, D]."""
-        x = torch.stack([dino_pil(image, self.size) for image in images]).to(self.device)
-        return F.normalize(self.model(pixel_values=x).last_hidden_state[:, 0].float(), dim=-1)
 
-    def score(self, images: list[Image.Image], prompts: list[str], pictures: list[Image.Image]) -> Tensor:
+        def class_tokens() -> Tensor:
+            x = pixels(images, "dino_256_224", self.size).to(self.device)
+            with torch.backends.cudnn.flags(allow_tf32=False):
+                return F.normalize(self.model(pixel_values=x).last_hidden_state[:, 0].float(), dim=-1)
+
+        return shared(images, id(self.model), class_tokens)
+
+    def score(self, images: list[Image.Image], prompts: list[str], others: list[list[Image.Image]]) -> Tensor:
         """Mean cosine [B] with the subject's real pictures; the prompts do not matter."""
-        return (self.features(images) @ self.features(pictures).T).mean(1)
+        return mean_cosine(self.features, images, others)
 
 
 def load(files: dict[str, Path], device) -> DinoScorer:

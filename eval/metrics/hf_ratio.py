@@ -12,7 +12,7 @@ ABOVE = 0.25  # cycles per px
 
 
 class HighFrequencyRatio:
-    spec = {"metric": "hf_ratio", "output": f"share of power above {ABOVE} cycles/px, Hann window"}
+    spec = {"output": f"share of power above {ABOVE} cycles/px, Hann window"}
 
     def score(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
         """[B]; the prompts do not matter."""

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from eval.clip_model import ClipScorer
-from eval.transforms import clip_pil
+from eval.clip_model import ClipScorer, load_clip
 
 
 def load(files: dict[str, Path], device) -> ClipScorer:
-    spec = {"metric": "pick_score", "output": "cosine", "transform": "clip_pil"}
-    return ClipScorer(files["model"], files["processor"], clip_pil, spec, device)
+    return ClipScorer(
+        load_clip(files["model"], "gelu", device), files["processor"], "clip_pil224", {"output": "cosine"}
+    )

@@ -23,7 +23,7 @@ def luminance(image: Image.Image) -> Tensor:
 
 
 class Sharpness:
-    spec = {"metric": "sharpness", "output": "variance of the Laplacian, grey levels squared"}
+    spec = {"output": "variance of the Laplacian, grey levels squared"}
 
     def score(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
         """[B]; the prompts do not matter."""

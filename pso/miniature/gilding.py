@@ -45,7 +45,7 @@ def ends() -> tuple[float, float]:
 
 
 class Style:
-    spec = {"metric": "style", "output": "gold around the shape: 0 the world's own pictures on average, 1 gilded ones"}
+    spec = {"output": "gold around the shape: 0 the world's own pictures on average, 1 gilded ones"}
 
     def score(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
         """[B]; the prompts do not matter."""

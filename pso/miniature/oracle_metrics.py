@@ -11,7 +11,7 @@ from pso.miniature import oracle, world
 class OracleMetric:
     def __init__(self, name: str):
         self.name = name
-        self.spec = {"metric": f"oracle_{name}", "output": "template matching on the stand-in world"}
+        self.spec = {"output": "template matching on the stand-in world"}
 
     def load(self, files: dict, device) -> "OracleMetric":
         return self

@@ -115,7 +115,8 @@ def source_modules(method):
 
 def scorer_settings(metric):
     """What decides a score; how it is printed does not."""
-    return CONFIG.metrics[metric].model_dump(include={"module", "checkpoint", "head"})
+    decides = {"module", "settings", "checkpoint", "head"}
+    return CONFIG.metrics[metric].model_dump(include=decides)
 
 
 # what tables, claims and figures read beside scores; they cost seconds, so any change makes them anew
