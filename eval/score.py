@@ -1,16 +1,22 @@
-"""Scores of every image of one model by every metric, in one process: each scorer is loaded once.
+"""Scores of pictures by several metrics in one process: each scorer is loaded once. Of a model's images in the DAG:
 
     python -m eval.score --model sdxl_dmd2 [--task preference]
 
 Reads images.json and the shards it lists; a missing, changed or broken image stops the job, it never
 shrinks a mean. Writes one parquet per run, eval set and metric: one row per image, the scorer's
 description in the schema metadata. scores.json, written last, records the job.
+
+Of anyone's pictures (eval/score_folder.py):
+
+    python -m eval.score --images DIR --prompts FILE --metrics pick_score,clip_score --out scores.parquet
+
+And from Python: score_pictures(pictures, prompts, scorers).
 """
 
 import argparse
-import io
 import json
 import logging
+import math
 import sys
 import time
 from dataclasses import asdict
@@ -19,59 +25,21 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from eval import score_folder
+from eval.pictures import Pictures, Tally, prompts_told, read_shards, real_pictures, said
+from eval.scoring import METADATA_KEY, Progress, default_device, score_pictures
 from pso.config import ConfigError, add_arguments, from_arguments
-from pso.data import parse_image
 from pso.dreambooth import load_subject
 from pso.entries import Config
 from pso.hub import Hub, hub_dir
 from pso.models import load_metric
 from pso.paths import RESULTS, model_dir, root_of, scale_dir
 from pso.provenance import Meter, UserError, atomic, record, sentences, sha256_of, write_json
-from pso.runs import Job, jobs_asked_for, metrics
+from pso.runs import Job, jobs, jobs_asked_for, metrics, not_comparable
 
 log = logging.getLogger("score")
-METADATA_KEY = b"pso_bench"
-BATCH = 64
-
-
-def read_shards(listed: list[dict], root: Path, again: str) -> pd.DataFrame:
-    """Rows image_id, prompt_id, prompt, image_seed, image (decoded), checked against the manifest."""
-    frames = []
-    for shard in listed:
-        path = root / shard["file"]
-        if not path.exists():
-            raise UserError(f"{path} is listed in images.json but is not there; make it again with {again}.")
-        if sha256_of(path) != shard["sha256"]:
-            raise UserError(
-                f"{path} is not the file that images.json lists (its sha256 differs); delete it and run {again}."
-            )
-        frames.append(pq.read_table(path).to_pandas())
-    frame = pd.concat(frames, ignore_index=True)
-    expected = sum(s["images"] for s in listed)
-    if len(frame) != expected or frame["image_id"].duplicated().any():
-        raise UserError(f"{len(frame)} images where images.json lists {expected}; delete the shards and run {again}.")
-    frame["image"] = [decode(data, name, again) for data, name in zip(frame["png"], frame["image_id"], strict=True)]
-    return frame.drop(columns="png")
-
-
-def decode(data: bytes, name: str, again: str) -> Image.Image:
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-        return image.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"image {name} cannot be decoded ({error}); delete its shard and run {again}.") from None
-
-
-def score_images(scorer, frame: pd.DataFrame, pictures: list[Image.Image] | None = None) -> torch.Tensor:
-    """One score per image [B], float32, in the frame's order. A scorer that asks for them gets a subject's pictures."""
-    images, prompts = frame["image"].tolist(), frame["prompt"].tolist()
-    more = [[pictures] * BATCH] if hasattr(scorer, "compared_with") else []
-    batches = [(images[i : i + BATCH], prompts[i : i + BATCH]) for i in range(0, len(frame), BATCH)]
-    return torch.cat([scorer.score(*batch, *(rows[: len(batch[0])] for rows in more)).cpu() for batch in batches])
 
 
 def pictures_of(config: Config, hub: Hub, job: Job) -> tuple[list[Image.Image] | None, list[str]]:
@@ -79,14 +47,11 @@ def pictures_of(config: Config, hub: Hub, job: Job) -> tuple[list[Image.Image] |
     if job.subject is None:
         return None, []
     paths = load_subject(hub, config.datasets[job.eval_set], job.eval_set, job.subject).images
-    return [parse_image(path.read_bytes()) for path in paths], [sha256_of(path) for path in paths]
+    return real_pictures(paths), [sha256_of(path) for path in paths]
 
 
-def write_scores(path: Path, frame: pd.DataFrame, scores: torch.Tensor, about: dict) -> None:
-    if not torch.isfinite(scores).all():
-        bad = frame["image_id"][int((~torch.isfinite(scores)).nonzero()[0])]
-        raise UserError(f"{about['metric']} of image {bad} is not finite; is the checkpoint whole?")
-    columns = frame[["image_id", "prompt_id", "image_seed"]].assign(score=scores.double().numpy())
+def write_scores(path: Path, frame: pd.DataFrame, scores: pd.Series, about: dict) -> None:
+    columns = frame[["image_id", "prompt_id", "image_seed"]].assign(score=scores)
     table = pa.Table.from_pandas(columns, preserve_index=False)
     with atomic(path) as part:
         pq.write_table(table.replace_schema_metadata({METADATA_KEY: json.dumps(about)}), part)
@@ -101,20 +66,75 @@ def is_current(path: Path, about: dict) -> bool:
     return json.loads(metadata.get(METADATA_KEY, b"{}")) == json.loads(json.dumps(about))
 
 
-def score_job(config: Config, job: Job, listed: list[dict], scorers: dict, hub: Hub, results: Path, again: str):
-    """Score one run on one eval set where that was not done yet; (images, scores made)."""
-    frame = read_shards(listed, scale_dir(config.scale, results), again)
-    images = [shard["sha256"] for shard in listed]
-    pictures, shown = pictures_of(config, hub, job)
-    made = 0
-    for name, scorer in scorers.items():
-        about = {**asdict(job), "metric": name, "spec": scorer.spec, "images": images, "pictures": shown}
-        about |= {"num_images": len(frame), "dropped": {}}
-        path = job.scores(config.scale, name, results)
-        if not is_current(path, about):
-            write_scores(path, frame, score_images(scorer, frame, pictures), about)
-            made += len(frame)
-    return len(frame), made
+class Scoring:
+    """All images of one model's jobs of one task, its subjects together, by the metrics that its tables show."""
+
+    def __init__(self, config: Config, model: str, task: str, results: Path):
+        self.config, self.model, self.task, self.results = config, model, task, results
+        self.hub, self.folder = Hub(hub_dir(config.scale, results)), model_dir(config.scale, task, model, results)
+        self.again = f'`python -m eval.generate --model {model} --set \'{{"scale": "{config.scale}"}}\'`'
+        names, device = metrics(config, task), default_device()
+        self.scorers = {name: load_metric(name, config.metrics[name], self.hub, device) for name in names}
+        self.manifest = _manifest(self.folder / "images.json", self.again)
+        self.shown = set(jobs(config, model, task))
+        self.tally, self.prompts, self.made = Tally(), {}, 0
+
+    def listed(self, job: Job) -> list[dict]:
+        """The shards of a job."""
+        for entry in self.manifest:
+            if {k: entry[k] for k in asdict(job)} == asdict(job):
+                return entry["shards"]
+        raise UserError(f"{self.folder}/images.json does not list {job.method} on {job.eval_set}; run {self.again}.")
+
+    def images(self, job: Job) -> tuple[Pictures, list[str]]:
+        """What the manifest lists of a job, and the sha256 of its shards."""
+        listed = self.listed(job)
+        root = scale_dir(self.config.scale, self.results)
+        return read_shards(listed, root, self.again), [shard["sha256"] for shard in listed]
+
+    def run(self, job: Job) -> int:
+        """Score one run on one eval set where that was not done yet; how many images it has."""
+        pictures, digests = self.images(job)
+        self.prompts.setdefault(job.eval_set, {}).update(dict.fromkeys(pictures.frame["prompt"]))
+        real, shown = pictures_of(self.config, self.hub, job)
+        about = {**asdict(job), "images": digests, "pictures": shown, "num_images": len(pictures), "dropped": {}}
+        todo = {}
+        for name, scorer in self.scorers.items():
+            if not_comparable(self.config, name, job, self.shown):
+                continue
+            told = about | {"metric": name, "spec": scorer.spec}
+            if scorer.compared_with == "untuned":
+                told["untuned"] = [shard["sha256"] for shard in self.listed(job.untuned)]
+            if not is_current(job.scores(self.config.scale, name, self.results), told):
+                todo[name] = told
+        self._make(job, pictures, real, todo)
+        return len(pictures)
+
+    def _make(self, job: Job, pictures: Pictures, real: list[Image.Image] | None, todo: dict[str, dict]) -> None:
+        scorers = {name: self.scorers[name] for name in todo}
+        untuned = None
+        if any(scorer.compared_with == "untuned" for scorer in scorers.values()):
+            untuned = pictures if job == job.untuned else same_noise(pictures, self.images(job.untuned)[0], self.again)
+        frame = pictures.frame
+        # also with nothing to score: every picture is decoded, counted, and refused if it is broken
+        found = score_pictures(pictures, frame["prompt"].tolist(), scorers, prompt_ids=frame["prompt_id"].tolist(),
+                               untuned=untuned, real=real, names=pictures.names, tally=self.tally,
+                               progress=Progress(log.info))  # fmt: skip
+        for name, about in todo.items():
+            write_scores(job.scores(self.config.scale, name, self.results), frame, found[name], about)
+        self.made += len(frame) * len(todo)
+
+
+def same_noise(pictures: Pictures, untuned: Pictures, again: str) -> Pictures:
+    """The untuned model's pictures in the order of a run's, by prompt and seed."""
+    keys = [list(zip(p.frame["prompt_id"], p.frame["image_seed"], strict=True)) for p in (pictures, untuned)]
+    row = {key: i for i, key in enumerate(keys[1])}
+    if lacking := [key for key in keys[0] if key not in row]:
+        raise UserError(
+            f"the untuned model has no image of prompt {lacking[0][0]} with seed {lacking[0][1]} "
+            f"({len(lacking)} of {len(pictures)} are missing); make them with {again}."
+        )
+    return untuned.at([row[key] for key in keys[0]], pictures.frame)
 
 
 def score(config: Config, model: str, results: Path, task: str | None = None) -> None:
@@ -124,23 +144,23 @@ def score(config: Config, model: str, results: Path, task: str | None = None) ->
 
 
 def score_task(config: Config, model: str, results: Path, task: str, todo: list[Job]) -> None:
-    """All images of one task, its subjects together, by the metrics that its tables show."""
-    meter, hub = Meter(), Hub(hub_dir(config.scale, results))
-    again = f'`python -m eval.generate --model {model} --set \'{{"scale": "{config.scale}"}}\'`'
-    scorers = {name: load_metric(name, config.metrics[name], hub, _device()) for name in metrics(config, task)}
-    began, count, scored = time.monotonic(), 0, 0
-    folder = model_dir(config.scale, task, model, results)
-    manifest = _manifest(folder / "images.json", again)
-    for job in todo:
-        listed = _listed(manifest, job, folder, again)
-        images, made = score_job(config, job, listed, scorers, hub, results, again)
-        count, scored = count + images, scored + made
-        log.info("%s %s seed%d: %d images x %d metrics  (%.0f s)", job.method, job.eval_set, job.seed, images,
-                 len(scorers), time.monotonic() - began)  # fmt: skip
-    meter.counts = {"images": count, "metrics": len(scorers), "scores_made": scored}
+    meter, scoring = Meter(), Scoring(config, model, task, results)
+    began, count = time.monotonic(), 0
+    for number, job in enumerate(todo, 1):
+        images = scoring.run(job)
+        count += images
+        left = (time.monotonic() - began) / number * (len(todo) - number)
+        log.info("%d/%d %s %s seed%d: %d images x %d metrics  left %d:%02d", number, len(todo), job.method,
+                 job.eval_set, job.seed, images, len(scoring.scorers), *divmod(math.ceil(left), 60))  # fmt: skip
+    scorers = scoring.scorers
+    meter.counts = {"images": count, "metrics": len(scorers), "scores_made": scoring.made}
     settings = {"scale": config.scale, "metrics": {n: config.metrics[n].model_dump() for n in scorers}}
     specs = {name: scorer.spec for name, scorer in scorers.items()}
-    write_json(folder / "scores.json", record("score", settings, hub.inputs(), meter, specs=specs))
+    seen = scoring.tally.told() | {"eval_sets": {n: prompts_told(p, scorers) for n, p in scoring.prompts.items()}}
+    for line in said(seen):
+        log.info(line)
+    found = record("score", settings, scoring.hub.inputs(), meter, specs=specs, seen=seen)
+    write_json(scoring.folder / "scores.json", found)
 
 
 def _manifest(path: Path, again: str) -> list[dict]:
@@ -149,27 +169,23 @@ def _manifest(path: Path, again: str) -> list[dict]:
     return json.loads(path.read_text())["images"]
 
 
-def _listed(manifest: list[dict], job: Job, folder: Path, again: str) -> list[dict]:
-    for entry in manifest:
-        if {k: entry[k] for k in asdict(job)} == asdict(job):
-            return entry["shards"]
-    raise UserError(f"{folder}/images.json does not list {job.method} on {job.eval_set}; run {again}.")
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", help="score this model's images in the results folder")
     parser.add_argument("--task", help="one task alone, with all its subjects; default: all tasks")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    score_folder.add_arguments(parser)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     with sentences("score"):
+        if (args.model is None) == (args.images is None):
+            given = "neither --model nor --images is" if args.model is None else "--model and --images are both"
+            raise UserError(f"{given} given; expected --model for its images in --results, or --images for your own.")
         config = from_arguments(args)
+        if args.images is not None:
+            score_folder.run(config, args)
+            return
         if args.model not in config.models:
             raise ConfigError(f"--model is {args.model!r}; expected one of {', '.join(config.models)}.")
         score(config, args.model, args.results, args.task)

@@ -81,6 +81,7 @@ def check_entries(config: Config) -> None:
         known(f"methods.{name}.tune.probe_reward", method.tune.probe_reward, config.metrics)
         for metric in method.tune.probe_metrics:
             known(f"methods.{name}.tune.probe_metrics", metric, config.metrics)
+        check_judges(config, name, method)
         check_objective(name, method)
         check_source(config, name, method)
     for name, table in config.table_entries.items():
@@ -253,6 +254,16 @@ def _described(option: dict, value: Any) -> str:
             if key in option and outside(value, option[key])
         ]
     return " ".join(words)
+
+
+def check_judges(config: Config, name: str, method: MethodEntry) -> None:
+    """In training there is nothing to compare a picture with."""
+    for metric in method.metrics:
+        if (others := config.metrics[metric].compared_with) is not None:
+            raise ConfigError(
+                f"methods.{name} measures {metric}, which compares with {others}; expected a metric of single pictures "
+                "in reward, tune.probe_reward and tune.probe_metrics."
+            )
 
 
 def check_source(config: Config, name: str, method: MethodEntry) -> None:

@@ -143,6 +143,7 @@ class MetricEntry(Strict):
     higher_is_better: bool = True
     scale: float = 1.0  # printed = scale * score
     settings: dict[str, Any] = {}  # keyword arguments of the module's load()
+    compared_with: Literal["pictures", "untuned", "siblings"] | None = None  # eval/compared.py
     checkpoint: Checkpoint | None = None
     head: Checkpoint | None = None
     only_scales: list[str] | None = None  # where the column can exist at all

@@ -212,6 +212,13 @@ def load_metric(name: str, entry: MetricEntry, hub: Hub, device, model: str | No
     if own.used:
         spec["files"] = {f"{i['repo']}/{i['file']}": i["sha256"] for i in own.inputs()}
     scorer.spec = spec  # on the scorer: its class may share the old one with others
+    scorer.compared_with = entry.compared_with
+    if (entry.compared_with is not None) != ("others" in inspect.signature(scorer.score).parameters):
+        raise ConfigError(
+            f"metrics.{name}.compared_with is {entry.compared_with}, but score() of {entry.module} takes "
+            f"{'no ' if entry.compared_with else ''}others; expected one of pictures, untuned and siblings where it "
+            "takes others, else none."
+        )
     return scorer
 
 

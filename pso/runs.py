@@ -1,7 +1,7 @@
 """What has to be run for the tables that were asked for: look-ups, torch-free."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pso.config import ConfigError, load
@@ -24,6 +24,11 @@ class Job:
     def subject(self) -> str | None:
         return subject_of(self.task)
 
+    @property
+    def untuned(self) -> "Job":
+        """The same images before anything was tuned."""
+        return replace(self, method=UNTUNED, seed=0)
+
     def folder(self, scale: str, results: Path = RESULTS) -> Path:
         return run_dir(scale, self.task, self.model, self.method, self.seed, results)
 
@@ -42,22 +47,40 @@ def metric_missing(config: Config, table: TableEntry, metric: str) -> str | None
     if metric in table.missing_metrics:
         return table.missing_metrics[metric]
     only = config.metrics[metric].only_scales
-    return f"exists only at scale {', '.join(only)}" if only is not None and config.scale not in only else None
+    if only is not None and config.scale not in only:
+        return f"exists only at scale {', '.join(only)}"
+    if config.metrics[metric].compared_with is None:
+        return None
+    shown = _table_jobs(config, table)
+    return next((why for job in sorted(shown) if (why := not_comparable(config, metric, job, shown))), None)
+
+
+def not_comparable(config: Config, metric: str, job: Job, shown: set[Job]) -> str | None:
+    """Why the images of a job have nothing that a metric could compare them with, if so; shown: all jobs."""
+    needed = config.metrics[metric].compared_with
+    if needed == "siblings" and config.datasets[job.eval_set].num_seeds < 2:
+        return f"compares images of one prompt, and datasets.{job.eval_set}.num_seeds is 1"
+    if needed == "untuned" and job.untuned not in shown:
+        return f"compares with the untuned model's images, and no row shows {job.model} untuned at {job.steps} steps"
+    if needed == "pictures" and job.subject is None:
+        return "compares with the pictures of a subject, and the table has none"
+    return None
+
+
+def _table_jobs(config: Config, table: TableEntry, model: str | None = None) -> set[Job]:
+    found = set()
+    for row in table.shown_rows:
+        if model in (None, row.model):
+            seeds = [0] if row.method == UNTUNED else config.seeds
+            for one, seed, eval_set in itertools.product(table.tasks, seeds, table.eval_sets):
+                found.add(Job(one, row.model, row.method, seed, eval_set, row.steps))
+    return found
 
 
 def jobs(config: Config, model: str | None = None, task: str | None = None) -> list[Job]:
     """Every (run, eval set) whose images the tables need: all, or one model's, or one task's with all its subjects."""
-    found = set()
-    for name in config.tables:
-        table = config.table_entries[name]
-        if task not in (None, table.task):
-            continue
-        for row in table.shown_rows:
-            if model in (None, row.model):
-                seeds = [0] if row.method == UNTUNED else config.seeds
-                for one, seed, eval_set in itertools.product(table.tasks, seeds, table.eval_sets):
-                    found.add(Job(one, row.model, row.method, seed, eval_set, row.steps))
-    return sorted(found)
+    tables = [config.table_entries[name] for name in config.tables]
+    return sorted({job for t in tables if task in (None, t.task) for job in _table_jobs(config, t, model)})
 
 
 def jobs_asked_for(config: Config, model: str, task: str | None) -> list[Job]:

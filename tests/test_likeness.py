@@ -14,8 +14,9 @@ from transformers import CLIPModel, ViTConfig, ViTModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from eval.metrics import clip_i, clip_t, dino
-from eval.score import score_images
+from eval.score import score_pictures
 from eval.transforms import IMAGENET_MEAN, IMAGENET_STD, dino_256_224
+from pso.config import load
 from pso.dreambooth import IDENTIFIER
 from pso.miniature import subjects, world
 
@@ -196,15 +197,17 @@ def scorers(quick_clip, vit):  # noqa: F811
 
 
 def test_only_likeness_to_pictures_asks_for_them(scorers, pictures):
-    import pandas as pd
-
-    asking = {name for name, scorer in scorers.items() if getattr(scorer, "compared_with", None) == "pictures"}
-    assert asking == {"clip_i", "dino"}
-    frame = pd.DataFrame({"image": pictures, "prompt": [PROMPTS[0]] * len(pictures)})
+    entries = load().metrics
     for name, scorer in scorers.items():
-        one, other = (score_images(scorer, frame, real) for real in (pictures[:2], pictures[3:]))
-        assert one.shape == (len(pictures),) and one.dtype == torch.float32 and torch.isfinite(one).all()
-        assert torch.equal(one, other) == (name == "clip_t")
+        scorer.compared_with = entries[name].compared_with  # as pso.models.load_metric does
+        assert scorer.compared_with == (None if name == "clip_t" else "pictures")
+        assert (getattr(scorer, "truncated", None) is not None) == (name == "clip_t"), "the others read no prompt"
+        prompts = [PROMPTS[0]] * len(pictures)
+        one, other = (
+            score_pictures(pictures, prompts, {name: scorer}, real=real)[name] for real in (pictures[:2], pictures[3:])
+        )
+        assert one.shape == (len(pictures),) and one.dtype == "float64" and np.isfinite(one).all()
+        assert one.equals(other) == (name == "clip_t")
         assert json.loads(json.dumps(scorer.spec)) == scorer.spec
 
 

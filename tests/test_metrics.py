@@ -30,7 +30,7 @@ from pso.miniature import world
 from pso.miniature.judges import new_head
 from pso.miniature.text import WINDOW
 
-ELSEWHERE = ("spm_", "clip_t", "clip_i", "dino")  # rewards only; likeness is in test_likeness.py
+ELSEWHERE = ("spm_", "clip_t", "clip_i", "dino", "drift", "diversity", "sharpness_ratio")  # of test_likeness.py ...
 METRICS = {name: entry for name, entry in load().metrics.items() if not name.startswith(ELSEWHERE)}
 CAPTIONS = list(world.OF_CAPTION)[::40]
 

@@ -11,7 +11,7 @@ from eval.compared import mean_cosine
 
 
 class ClipI(ClipScorer):
-    compared_with = "pictures"
+    truncated = None  # reads no prompt
 
     def score(self, images: list[Image.Image], prompts: list[str], others: list[list[Image.Image]]) -> Tensor:
         """Mean cosine [B] with the subject's real pictures; the prompts do not matter."""

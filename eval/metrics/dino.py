@@ -1,6 +1,7 @@
 """DINO of the DreamBooth protocol: DINO ViT-S/16, cosine of class tokens, mean over a subject's real pictures."""
 
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +15,13 @@ from eval.transforms import pixels, shared
 LAYER_NORM_EPS = 1e-6  # DINO's; the converted checkpoint's config says 1e-12
 
 
-class DinoScorer:
-    compared_with = "pictures"
+_loaded: WeakValueDictionary = WeakValueDictionary()  # (folder, device) -> model, while a scorer holds it
 
-    def __init__(self, folder: Path, device):
+
+def load_vit(folder: Path, device) -> ViTModel:
+    """Every weight from the checkpoint, in float32; scorers of one checkpoint share it."""
+    key = (str(Path(folder).resolve()), str(device))
+    if key not in _loaded:
         model, info = ViTModel.from_pretrained(
             folder,
             local_files_only=True,
@@ -32,9 +36,18 @@ class DinoScorer:
                 f"weights in {folder} lack {missing[:2]} and have {unknown[:2]} in excess (the first two of "
                 f"{len(missing)} and {len(unknown)}); fetch the checkpoint again"
             )
-        self.model, self.device, self.size = model.to(device).eval(), device, model.config.image_size
+        _loaded[key] = model = model.to(device).eval()
+    return _loaded[key]
+
+
+class DinoScorer:
+    output = "mean cosine of class tokens with a subject's pictures"
+
+    def __init__(self, folder: Path, device):
+        self.model, self.device = load_vit(folder, device), device
+        self.size = self.model.config.image_size
         self.spec = {
-            "output": "mean cosine of class tokens with a subject's pictures",
+            "output": self.output,
             "transform": "dino_256_224",
             "layer_norm_eps": LAYER_NORM_EPS,
             "dtype": "float32",

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from eval.transforms import to_tensor
+from pso.provenance import UserError
 
 LAPLACIAN = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])
 LUMINANCE = torch.tensor([0.299, 0.587, 0.114])
@@ -22,13 +23,19 @@ def luminance(image: Image.Image) -> Tensor:
     return 255 * (to_tensor(image) * LUMINANCE[:, None, None]).sum(0)
 
 
+def variance(image: Image.Image) -> Tensor:
+    """Of the Laplacian at every inner pixel, grey levels squared."""
+    if min(image.size) < 3:
+        raise UserError(f"a picture of {image.width} x {image.height} px has no Laplacian; sharpness needs 3 x 3 px.")
+    return F.conv2d(luminance(image)[None, None], LAPLACIAN[None, None]).var(correction=0)
+
+
 class Sharpness:
     spec = {"output": "variance of the Laplacian, grey levels squared"}
 
     def score(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
         """[B]; the prompts do not matter."""
-        edges = [F.conv2d(luminance(image)[None, None], LAPLACIAN[None, None]) for image in images]
-        return torch.stack([e.var(correction=0) for e in edges])
+        return torch.stack([variance(image) for image in images])
 
 
 def load(files: dict[str, Path], device) -> Sharpness:
