@@ -87,9 +87,7 @@ def check_given(pictures, prompts, scorers: dict, untuned, real) -> None:
     for name, scorer in scorers.items():
         needed = _compared(scorer)
         if needed == "untuned" and untuned is None:
-            raise UserError(
-                f"{name} compares with the untuned model's pictures (--untuned); give them or leave it out."
-            )
+            raise UserError(f"{name} compares with the untuned model's pictures; give --untuned or leave it out.")
         if needed == "pictures" and not real:
             raise UserError(f"{name} compares with a subject's real pictures; give --pictures or leave it out.")
 
