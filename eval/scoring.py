@@ -57,21 +57,24 @@ def score_pictures(
     """
     names = [str(i) for i in range(len(pictures))] if names is None else list(names)
     check_given(pictures, prompts, scorers, untuned=untuned, real=real)
-    groups = _groups(list(prompts if prompt_ids is None else prompt_ids))
+    keys = list(prompts if prompt_ids is None else prompt_ids)
     together = any(_compared(s) == "siblings" for s in scorers.values())
-    found = {name: np.full(len(pictures), np.nan) for name in scorers}
-    done = 0
-    for rows in _batches(groups, batch) if together else _in_order(len(pictures), batch):
-        images = {i: pictures[i] for i in rows}
+    found, done = {name: np.full(len(pictures), np.nan) for name in scorers}, 0
+
+    def score_rows(rows: list[int]) -> None:  # a function, so that nothing of a batch is kept while the next is read
+        images = [pictures[i] for i in rows]
         if tally is not None:
-            tally.add(images.values())
-        before = {i: images[i] if untuned is pictures else untuned[i] for i in rows} if untuned is not None else {}
-        siblings = _siblings(images, prompt_ids or prompts) if together else {}
-        others = {"untuned": [[x] for x in before.values()], "pictures": [real] * len(rows)}
-        others["siblings"] = [siblings.get(i, []) for i in rows]
+            tally.add(images)
+        others = {"pictures": [real] * len(rows), "siblings": _siblings(images, [keys[i] for i in rows])}
+        if untuned is not None:
+            others["untuned"] = [[image] for image in (images if untuned is pictures else [untuned[i] for i in rows])]
+        texts, named = [prompts[i] for i in rows], [names[i] for i in rows]
         with one_batch():
             for name, scorer in scorers.items():
-                found[name][rows] = _score(name, scorer, images, [prompts[i] for i in rows], others, names)
+                found[name][rows] = _score(name, scorer, images, texts, others, named)
+
+    for rows in _batches(_groups(keys), batch) if together else _in_order(len(pictures), batch):
+        score_rows(rows)
         done += len(rows)
         if progress is not None:
             progress(done, len(pictures))
@@ -120,28 +123,28 @@ def _batches(groups: list[list[int]], size: int) -> Iterator[list[int]]:
         yield sorted(rows)
 
 
-def _siblings(images: dict[int, Image.Image], keys: Sequence) -> dict[int, list[Image.Image]]:
+def _siblings(images: list[Image.Image], keys: list) -> list[list[Image.Image]]:
+    """The others of each picture's prompt, of a batch of whole prompts."""
     of: dict = {}
-    for row in images:
-        of.setdefault(keys[row], []).append(row)
-    return {row: [images[other] for other in of[keys[row]] if other != row] for row in images}
+    for row, key in enumerate(keys):
+        of.setdefault(key, []).append(row)
+    return [[images[other] for other in of[key] if other != row] for row, key in enumerate(keys)]
 
 
-def _score(name: str, scorer, images: dict, prompts: list[str], others: dict, names: list[str]) -> np.ndarray:
-    rows, needed = list(images), _compared(scorer)
+def _score(name: str, scorer, images: list, prompts: list[str], others: dict, names: list[str]) -> np.ndarray:
     more = []
-    if needed is not None:
+    if (needed := _compared(scorer)) is not None:
         more = [others[needed]]
-        if alone := [names[row] for row, given in zip(rows, others[needed], strict=True) if not given]:
+        if alone := [own for own, given in zip(names, others[needed], strict=True) if not given]:
             raise UserError(
                 f"{name} compares pictures of one prompt, and {alone[0]} is the only one of its own; "
                 "make at least two for every prompt, or leave the metric out."
             )
-    scores = scorer.score(list(images.values()), prompts, *more).double().cpu()
-    if scores.shape != (len(rows),):
-        raise ValueError(f"{name} gave {tuple(scores.shape)} for {len(rows)} pictures; expected one score for each")
+    scores = scorer.score(images, prompts, *more).double().cpu()
+    if scores.shape != (len(images),):
+        raise ValueError(f"{name} gave {tuple(scores.shape)} for {len(images)} pictures; expected one score for each")
     if not torch.isfinite(scores).all():
-        bad = names[rows[int((~torch.isfinite(scores)).nonzero()[0])]]
+        bad = names[int((~torch.isfinite(scores)).nonzero()[0])]
         raise UserError(f"{name} of image {bad} is not finite; is the checkpoint whole?")
     return scores.numpy()
 
