@@ -154,6 +154,11 @@ def real_pictures(paths: Iterable[Path]) -> list[Image.Image]:
     return found
 
 
+def is_text(text) -> bool:
+    """A lone surrogate, which JSON can write, is no text that a tokenizer takes."""
+    return isinstance(text, str) and not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def prompt_id(text: str) -> str:
     """16 hex digits of a text alone, as pso.data gives them."""
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).hexdigest()
@@ -250,6 +255,9 @@ def read_shards(listed: list[dict], root: Path, again: str) -> Pictures:
         frames.append(pd.DataFrame(read_columns(path, COLUMNS, todo)))
         paths.append(path)
     frame = pd.concat(frames, ignore_index=True)
+    for column, fits in {**dict.fromkeys(COLUMNS, is_text), "image_seed": lambda seed: isinstance(seed, int)}.items():
+        if bad := [row for row, value in enumerate(frame[column].tolist()) if not fits(value)]:
+            raise UserError(f"row {bad[0]} of {len(frame)} in {paths[0].parent} has no {column}; {todo}.")
     expected = sum(s["images"] for s in listed)
     if len(frame) != expected or frame["image_id"].duplicated().any():
         raise UserError(f"{len(frame)} images where images.json lists {expected}; delete the shards and run {again}.")

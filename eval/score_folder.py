@@ -25,6 +25,7 @@ from eval.pictures import (
     EncodedRows,
     Pictures,
     Tally,
+    is_text,
     open_parquet,
     prompt_id,
     prompts_told,
@@ -180,7 +181,7 @@ def with_prompts(pictures: Pictures, path: Path | None) -> Pictures:
     elif "prompt" not in frame:
         raise UserError("the pictures come without prompts; give --prompts.")
     texts = frame["prompt"].tolist()
-    if bad := [name for name, text in zip(pictures.names, texts, strict=True) if not _is_text(text)]:
+    if bad := [name for name, text in zip(pictures.names, texts, strict=True) if not is_text(text)]:
         raise UserError(f"{len(bad)} pictures have no text as their prompt, the first is {bad[0]}; correct it.")
     ids = frame["prompt_id"].tolist() if "prompt_id" in frame else [None] * len(frame)
     ids = [prompt_id(text) if given in (None, "") else str(given) for given, text in zip(ids, texts, strict=True)]
@@ -188,11 +189,6 @@ def with_prompts(pictures: Pictures, path: Path | None) -> Pictures:
     seeds = [_seed(seed, name) for seed, name in zip(seeds, pictures.names, strict=True)]
     told = {"image_id": pictures.names, "prompt_id": ids, "prompt": texts, "image_seed": pd.array(seeds, "Int64")}
     return Pictures(pd.DataFrame(told)[COLUMNS], pictures.read, pictures.todo)
-
-
-def _is_text(text) -> bool:
-    """A lone surrogate, which JSON can write, is no text that a tokenizer takes."""
-    return isinstance(text, str) and not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _seed(seed, name: str) -> int | None:

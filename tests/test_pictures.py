@@ -181,6 +181,8 @@ def test_going_forward_reads_every_part_once(shards, monkeypatch):
     ("changes", "message"),
     [
         ({"image_id": "same"}, "4 images where images.json lists 4"),
+        ({"prompt": [None, "a", "b", "c"]}, "row 0 of 4 in .* has no prompt; delete its shard"),
+        ({"image_seed": [0, 1, None, 1]}, "row . of 4 in .* has no image_seed; delete its shard"),
         ({"png": 7}, "column png holds int; expected bytes"),
         ({"png": None}, "image p0-0 cannot be decoded .it has no bytes"),
     ],
