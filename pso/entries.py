@@ -145,6 +145,7 @@ class MetricEntry(Strict):
     settings: dict[str, Any] = {}  # keyword arguments of the module's load()
     checkpoint: Checkpoint | None = None
     head: Checkpoint | None = None
+    architecture: Checkpoint | None = None  # the JSON file of the sizes that a bare state dict does not hold
     only_scales: list[str] | None = None  # where the column can exist at all
 
 
