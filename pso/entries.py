@@ -254,6 +254,13 @@ class Adversarial(Fit):
     warm_start: Fit
 
 
+class RewardFit(Fit):
+    """Of ImageReward's ranking, and of what comes before it (pso/miniature/rewards.py)."""
+
+    sees: Fit
+    reads: Fit
+
+
 class Likeness(Strict):
     clip: Fit
     dino: Fit
@@ -291,6 +298,8 @@ class StandIn(Strict):
     clip: Fit
     pick_score: Fit
     aesthetic: Fit
+    image_reward: RewardFit
+    hps: Fit
     teacher: Fit
     dmd2: Distil
     lcm: Consistency

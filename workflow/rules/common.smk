@@ -30,6 +30,7 @@ HUB_STEPS = (
     "data",
     "style",
     "judges",
+    "rewards",
     "teacher",
     "dmd2",
     "lcm",
@@ -56,6 +57,8 @@ LORA_STEPS = {
 SCORER_STEPS = {
     "openai/clip-vit-base-patch32": "likeness",
     "facebook/dino-vits16": "likeness",
+    "THUDM/ImageReward": "rewards",
+    "xswu/HPSv2": "rewards",
 }
 SPM = CONFIG.scale_entry.preference_model
 GATE = STANDIN.gate
@@ -160,7 +163,11 @@ def scorer_inputs(*names):
     """The hub's steps that make the checkpoints of metrics."""
     checkpoints = [CONFIG.metrics[name].checkpoint for name in names]
     steps = {SCORER_STEPS.get(c.repo, "judges") for c in checkpoints if c is not None}
-    return hub_inputs(*sorted(steps | ({"clip"} if "judges" in steps else set())))
+    tuned = steps & {
+        "judges",
+        "rewards",
+    }  # from a CLIP of the step `clip`, or read with its tokenizer
+    return hub_inputs(*sorted(steps | ({"clip"} if tuned else set())))
 
 
 def reward_inputs(method, model):
