@@ -146,6 +146,7 @@ class MetricEntry(Strict):
     compared_with: Literal["pictures", "untuned", "siblings"] | None = None  # eval/compared.py
     checkpoint: Checkpoint | None = None
     head: Checkpoint | None = None
+    architecture: Checkpoint | None = None  # the JSON file of the sizes that a bare state dict does not hold
     only_scales: list[str] | None = None  # where the column can exist at all
 
 
@@ -254,6 +255,13 @@ class Adversarial(Fit):
     warm_start: Fit
 
 
+class RewardFit(Fit):
+    """Of ImageReward's ranking, and of what comes before it (pso/miniature/rewards.py)."""
+
+    sees: Fit
+    reads: Fit
+
+
 class Likeness(Strict):
     clip: Fit
     dino: Fit
@@ -291,6 +299,8 @@ class StandIn(Strict):
     clip: Fit
     pick_score: Fit
     aesthetic: Fit
+    image_reward: RewardFit
+    hps: Fit
     teacher: Fit
     dmd2: Distil
     lcm: Consistency

@@ -26,7 +26,10 @@ SAMPLERS = {"renoise": mdp.Renoise, "ancestral": mdp.Ancestral, "ddim": mdp.Ddim
 # what the loaders raise on a missing, cut or foreign file
 BROKEN = (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
 # a tokenizer's files, as far as a repository has them
-TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER = (
+    *("vocab.json", "merges.txt", "vocab.txt"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+)
 
 
 def spaced_times(spacing: str, num_steps: int, num_train_steps: int = 1000) -> list[int]:
@@ -200,6 +203,8 @@ def load_metric(name: str, entry: MetricEntry, hub: Hub, device, model: str | No
         if "{model}" in (entry.head.file or "") and model is None:
             raise ConfigError(f"metrics.{name} has a head for each model, so it can only be a method's reward.")
         files["head"] = _checkpoint(entry.head, own, model)
+    if entry.architecture is not None:
+        files["architecture"] = _checkpoint(entry.architecture, own)
     if unknown := sorted(set(entry.settings) - set(inspect.signature(module.load).parameters)):
         raise ConfigError(f"metrics.{name}.settings has {unknown[0]!r}, which {entry.module} does not take.")
     try:

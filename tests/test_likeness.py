@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import toy
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_metrics import by_transformers, noise, quick_clip, quiet  # noqa: F401
@@ -16,7 +17,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from eval.metrics import clip_i, clip_t, dino
 from eval.score import score_pictures
 from eval.transforms import IMAGENET_MEAN, IMAGENET_STD, dino_256_224
-from pso.config import load
+from pso.config import import_module, load
 from pso.dreambooth import IDENTIFIER
 from pso.miniature import subjects, world
 
@@ -244,3 +245,13 @@ def test_likeness_of_a_perfect_and_a_blind_judge():
     perfect = likeness(lambda x: F.one_hot(torch.tensor(next(numbers)), count).float().expand(len(x), -1))
     assert perfect == {"same_subject": 1.0, "other_subject": 0.0}
     assert likeness(lambda x: torch.eye(len(x))) == {"same_subject": 0.0, "other_subject": 0.083}  # 12 of 144
+
+
+@pytest.mark.parametrize("name", ["clip_t", "clip_i"])
+def test_a_variant_on_laions_vit_h_takes_gelu_and_refuses_openais(quick_clip, tmp_path, name):  # noqa: F811
+    entry = load().metrics[f"{name}_h14"]
+    module, gelu = import_module(entry.module, name), toy.clip_files(tmp_path)["model"]
+    assert entry.checkpoint.repo == load().metrics["clip_score"].checkpoint.repo
+    assert module.load({"model": gelu, "processor": gelu}, "cpu", **entry.settings).spec["output"]
+    with pytest.raises(ValueError, match="hidden_act"):
+        module.load({"model": quick_clip, "processor": quick_clip}, "cpu", **entry.settings)

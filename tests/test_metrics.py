@@ -30,7 +30,8 @@ from pso.miniature import world
 from pso.miniature.judges import new_head
 from pso.miniature.text import WINDOW
 
-ELSEWHERE = ("spm_", "clip_t", "clip_i", "dino", "drift", "diversity", "sharpness_ratio")  # of test_likeness.py ...
+# rewards only; files of their own have likeness, ImageReward, HPS and what compares with other pictures
+ELSEWHERE = ("spm_", "clip_t", "clip_i", "dino", "image_reward", "hps_", "drift", "diversity", "sharpness_ratio")
 METRICS = {name: entry for name, entry in load().metrics.items() if not name.startswith(ELSEWHERE)}
 CAPTIONS = list(world.OF_CAPTION)[::40]
 
@@ -96,7 +97,9 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 
 @pytest.mark.parametrize("name", METRICS)
 def test_a_metric_says_what_it_is_and_gives_one_number_per_picture(name, files, rated, pictures):
-    found = import_module(METRICS[name].module, name).load(rated if name == "aesthetic_score" else files, "cpu")
+    found = import_module(METRICS[name].module, name).load(
+        rated if name == "aesthetic_score" else files, "cpu", **METRICS[name].settings
+    )
     assert isinstance(found.spec, dict) and json.loads(json.dumps(found.spec)) == found.spec
     assert found.spec["output"]
     scores = found.score(pictures, CAPTIONS)
@@ -105,7 +108,9 @@ def test_a_metric_says_what_it_is_and_gives_one_number_per_picture(name, files, 
 
 @pytest.mark.parametrize("name", METRICS)
 def test_a_score_does_not_depend_on_order_or_batch(name, files, rated, pictures):
-    found = import_module(METRICS[name].module, name).load(rated if name == "aesthetic_score" else files, "cpu")
+    found = import_module(METRICS[name].module, name).load(
+        rated if name == "aesthetic_score" else files, "cpu", **METRICS[name].settings
+    )
     together = found.score(pictures, CAPTIONS)
     order = np.random.default_rng(0).permutation(len(pictures))
     shuffled = found.score([pictures[i] for i in order], [CAPTIONS[i] for i in order])

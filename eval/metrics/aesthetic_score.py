@@ -6,9 +6,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from eval.affine import folded
 from eval.clip_model import ClipScorer, load_clip
-
-LAYERS = (0, 2, 4, 6, 7)  # of the published Sequential; dropout in between
 
 
 class AestheticScorer:
@@ -16,16 +15,8 @@ class AestheticScorer:
         model = load_clip(files["model"], "quick_gelu", device)
         self.clip = ClipScorer(model, files["processor"], "clip_pil224", {"output": "rating"})
         state = torch.load(files["head"], map_location="cpu", weights_only=True)
-        expected = {f"layers.{i}.{kind}" for i in LAYERS for kind in ("weight", "bias")}
-        if set(state) != expected:
-            raise ValueError(f"{files['head']} has the keys {sorted(state)}; expected {sorted(expected)}")
-        width = self.clip.model.config.projection_dim
-        # affine after affine is affine: fold in float64
-        weight, bias = torch.eye(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
-        for i in LAYERS:
-            layer = state[f"layers.{i}.weight"].double()
-            weight, bias = layer @ weight, layer @ bias + state[f"layers.{i}.bias"].double()
-        self.weight, self.bias = weight[0].float().to(device), bias[0].float().to(device)
+        weight, bias = folded(state, files["head"], self.clip.model.config.projection_dim)
+        self.weight, self.bias = weight.float().to(device), bias.float().to(device)
         self.spec = {**self.clip.spec, "head_norm": round(self.weight.norm().item(), 4)}
 
     def score(self, images: list[Image.Image], prompts: list[str]) -> Tensor:

@@ -30,13 +30,16 @@ OPTIONS = {
 }
 
 
+def mistaken(wanted: world.Attributes, rng: np.random.Generator) -> world.Attributes:
+    """One attribute is another."""
+    name = rng.choice(list(OPTIONS))
+    others = [o for o in OPTIONS[name] if o != getattr(wanted, name)]
+    return dataclasses.replace(wanted, **{name: str(rng.choice(others))})
+
+
 def picture(wanted: world.Attributes, rng: np.random.Generator) -> tuple[np.ndarray, float]:
     """A picture made for a caption, not always right or sharp, and its true utility."""
-    shown = wanted
-    if rng.random() < WRONG:
-        name = rng.choice(list(OPTIONS))
-        others = [o for o in OPTIONS[name] if o != getattr(wanted, name)]
-        shown = dataclasses.replace(wanted, **{name: str(rng.choice(others))})
+    shown = mistaken(wanted, rng) if rng.random() < WRONG else wanted
     image, hidden = world.render(shown, rng)
     size = (hidden["size"] - np.mean(world.SIZES)) / oracle.SIZE_SCALE
     soft = rng.uniform(0.0, SOFTEST) if rng.random() < SOFT else 0.0

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
 
-from pso.entries import Config
+from pso.entries import Config, Fit
 from pso.hub import Hub
 from pso.miniature import oracle, world
 from pso.miniature.clip import CLIP_H, CLIP_L, MAX_LOGIT_SCALE, features, image_features, noisy, save_clip
@@ -34,26 +34,40 @@ def unpack(rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor, list[str], tor
     return first, second, [r["caption"] for r in rows], torch.tensor([r["label_0"] for r in rows])
 
 
-def train_pick_score(config: Config, hub: Hub) -> dict:
-    """PickScore's loss: cross-entropy between the label and the softmax over the two scores."""
-    standin = config.scale_entry.standin
-    fit, seed = standin.pick_score, standin.seed + 40
+def tune_on_pairs(name: str, fit: Fit, rows: list[dict], seed: int, hub: Hub) -> tuple[CLIPModel, CLIPTokenizer, float]:
+    """CLIP-H on preference pairs, and its agreement with those held out.
+
+    PickScore's loss: cross-entropy between the label and the softmax over the two scores.
+    """
     model, tokenizer = load_clip(hub, CLIP_H)
     rng = torch.Generator().manual_seed(seed)
-    first, second, captions, label = unpack(list(pairs(standin.num_pairs, seed)))
+    first, second, captions, label = unpack(rows)
     held = int(HELD_OUT * len(label))
-    for _, descend in steps("pick_score", list(model.parameters()), fit, weight_decay=0.01):
+    for _, descend in steps(name, list(model.parameters()), fit, weight_decay=0.01):
         index = torch.randint(held, len(label), (fit.batch_size,), generator=rng)
         logits = _scores(model, tokenizer, first[index], second[index], [captions[i] for i in index], rng)
         wanted = torch.stack([label[index], 1 - label[index]], 1)
         descend(F.cross_entropy(logits, wanted))
     model.eval()
-    save_clip(model, hub.root / PICK_SCORE)
     with torch.no_grad():
         logits = _scores(model, tokenizer, first[:held], second[:held], captions[:held])
-    decided = label[:held] != 0.5
-    right = (logits.argmax(1) == 0) == (label[:held] == 1)
-    return {"held_out_agreement": round(right[decided].float().mean().item(), 3)}
+    return model, tokenizer, agreement(logits, label[:held])
+
+
+def agreement(scores: torch.Tensor, label: torch.Tensor) -> float:
+    """Share of decided pairs whose preferred picture has the higher of two scores [B, 2]."""
+    decided = label != 0.5
+    right = (scores.argmax(1) == 0) == (label == 1)
+    return round(right[decided].float().mean().item(), 3)
+
+
+def train_pick_score(config: Config, hub: Hub) -> dict:
+    standin = config.scale_entry.standin
+    seed = standin.seed + 40
+    rows = list(pairs(standin.num_pairs, seed))
+    model, _, agreed = tune_on_pairs("pick_score", standin.pick_score, rows, seed, hub)
+    save_clip(model, hub.root / PICK_SCORE)
+    return {"held_out_agreement": agreed}
 
 
 def _scores(model, tokenizer, first, second, captions, noise: torch.Generator | None = None) -> torch.Tensor:

@@ -30,6 +30,7 @@ HUB_STEPS = (
     "data",
     "style",
     "judges",
+    "rewards",
     "teacher",
     "dmd2",
     "lcm",
@@ -56,6 +57,8 @@ LORA_STEPS = {
 SCORER_STEPS = {
     "openai/clip-vit-base-patch32": "likeness",
     "facebook/dino-vits16": "likeness",
+    "THUDM/ImageReward": "rewards",
+    "xswu/HPSv2": "rewards",
 }
 SPM = CONFIG.scale_entry.preference_model
 GATE = STANDIN.gate
@@ -115,7 +118,14 @@ def source_modules(method):
 
 def scorer_settings(metric):
     """What decides a score; how it is printed does not."""
-    decides = {"module", "settings", "checkpoint", "head", "compared_with"}
+    decides = {
+        "module",
+        "settings",
+        "checkpoint",
+        "head",
+        "architecture",
+        "compared_with",
+    }
     return CONFIG.metrics[metric].model_dump(include=decides)
 
 
@@ -160,7 +170,11 @@ def scorer_inputs(*names):
     """The hub's steps that make the checkpoints of metrics."""
     checkpoints = [CONFIG.metrics[name].checkpoint for name in names]
     steps = {SCORER_STEPS.get(c.repo, "judges") for c in checkpoints if c is not None}
-    return hub_inputs(*sorted(steps | ({"clip"} if "judges" in steps else set())))
+    tuned = steps & {
+        "judges",
+        "rewards",
+    }  # from a CLIP of the step `clip`, or read with its tokenizer
+    return hub_inputs(*sorted(steps | ({"clip"} if tuned else set())))
 
 
 def reward_inputs(method, model):

@@ -84,6 +84,25 @@ rule hub_judges:
         "python -m pso.miniature.judges 2>&1 | tee {log}"
 
 
+rule hub_rewards:
+    input:
+        hub_inputs("clip"),
+    output:
+        f"{HUB}/rewards.json",
+        f"{HUB}/THUDM/ImageReward/ImageReward.pt",
+        f"{HUB}/xswu/HPSv2/HPS_v2_compressed.pt",
+        f"{HUB}/xswu/HPSv2/HPS_v2.1_compressed.pt",
+    log:
+        f"{BASE}/logs/hub_rewards.log",
+    conda:
+        "../../envs/pso-bench.yaml"
+    params:
+        settings=hub_settings("image_reward", "hps", "num_pairs", "num_images"),
+        code=fingerprint("pso.miniature.rewards"),
+    shell:
+        "python -m pso.miniature.rewards 2>&1 | tee {log}"
+
+
 rule hub_teacher:
     input:
         hub_inputs("vae", "clip"),

@@ -1,0 +1,26 @@
+"""HPS v2 (Wu et al. 2023): cosine of a CLIP ViT-H-14 tuned on human choices; its benchmark prints it x 100.
+
+The file holds open_clip's names; the architecture is that of the CLIP it was tuned from, so its config.json is read.
+`transform` defaults to the one without antialias: the authors' code resizes a float tensor, which under the
+torchvision of their benchmark (2023, below 0.17) meant none. Under a newer one the same code gives
+"hps_letterbox224_aa", another score. Theirs runs in float16 on a GPU; this is float32 everywhere.
+"""
+
+import json
+from pathlib import Path
+
+from transformers import CLIPConfig
+
+from eval import state_dicts
+from eval.clip_model import ClipScorer, as_open_clip
+from eval.open_clip_weights import load_open_clip
+
+
+def load(files: dict[str, Path], device, transform: str = "hps_letterbox224_noaa") -> ClipScorer:
+    state = state_dicts.read(files["model"], "state_dict")
+    config = CLIPConfig.from_dict(json.loads(files["architecture"].read_text()))
+    for part in ("text_config", "vision_config"):
+        if (found := getattr(config, part).hidden_act) != "gelu":
+            raise ValueError(f"{part}.hidden_act in {files['architecture']} is {found!r}; expected 'gelu'")
+    model = load_open_clip(state, config, files["model"], device)
+    return ClipScorer(model, files["processor"], transform, {"output": "cosine"}, as_open_clip)
