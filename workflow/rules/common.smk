@@ -115,7 +115,14 @@ def source_modules(method):
 
 def scorer_settings(metric):
     """What decides a score; how it is printed does not."""
-    decides = {"module", "settings", "checkpoint", "head", "architecture"}
+    decides = {
+        "module",
+        "implementation",
+        "settings",
+        "checkpoint",
+        "head",
+        "architecture",
+    }
     return CONFIG.metrics[metric].model_dump(include=decides)
 
 
