@@ -4,11 +4,10 @@ The packages are imported when a scorer is made, and only in an environment that
 """
 
 import contextlib
+import functools
 import gzip
 import importlib.util
-import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from unittest import mock
@@ -38,17 +37,19 @@ def package(name: str):
         ) from None
 
 
-def _declare_torchvision_operators() -> None:
+@functools.cache  # once, and what it returns is kept: a library that is let go takes its schemas with it
+def _declare_torchvision_operators() -> torch.library.Library | None:
     """PyPI's torchvision is built for CUDA; beside a CPU torch it imports only if its operators have a schema."""
-    if "torchvision" in sys.modules or not (spec := importlib.util.find_spec("torchvision")):
-        return
+    if not (spec := importlib.util.find_spec("torchvision")):
+        return None
     try:
         torch.ops.load_library(str(Path(spec.origin).parent / "_C.so"))
+        return None
     except OSError:
         library = torch.library.Library("torchvision", "FRAGMENT")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _declare_torchvision_operators.kept = library  # a library that is let go takes its schemas with it
+        return library
 
 
 def vendored():
@@ -112,7 +113,7 @@ def hps_transform(preset: str) -> Callable[[Image.Image], Tensor]:
     vendored()
     transform = package("hpsv2.src.open_clip.transform")
     made = transform.image_transform(SIDE, is_train=False, resize_longest_max=True)
-    resize = partial(transform.F.resize, antialias=preset == "hps_letterbox224_aa")
+    resize = functools.partial(transform.F.resize, antialias=preset == "hps_letterbox224_aa")
 
     def pixels(image: Image.Image) -> Tensor:
         with mock.patch.object(transform.F, "resize", resize):

@@ -13,7 +13,8 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -52,7 +53,6 @@ MED_CONFIG = {
     "num_hidden_layers": 12, "pad_token_id": 0, "add_type_embeddings": False, "vocab_size": 30524,
     "encoder_width": 768, "add_cross_attention": True,
 }  # fmt: skip
-DINO_DEPTH = {"small": 3, "published": 12}
 STREAM = 0.03  # what a block of BLIP's or DINO's ViT adds to its residual stream
 HEAD_SIZES = (1024, 128, 64, 16, 1)
 
@@ -216,7 +216,8 @@ def image_reward_shapes(config: dict, width: int, layers: int) -> dict:
     }
 
 
-def _write_image_reward(folder: Path, sizes: dict, words: int) -> None:
+def _write_image_reward(folder: Path, full: bool, words: int) -> None:
+    sizes = PUBLISHED_BLIP if full else SMALL_BLIP
     config = MED_CONFIG | sizes["text"] | {"vocab_size": words + 2}
     state = drawn(IMAGE_REWARD, image_reward_shapes(config, *sizes["vision"]))
     state["blip.text_encoder.embeddings.position_ids"] = torch.arange(512)[None]
@@ -237,7 +238,8 @@ DINO_KEYS = (  # timm -> transformers
 )
 
 
-def _write_dino(folder: Path, depth: int) -> None:
+def _write_dino(folder: Path, full: bool, _: int) -> None:
+    depth = 12 if full else 3
     state, converted = drawn(DINO, vit_shapes(384, depth)), {}
     for key, value in state.items():
         for old, new in DINO_KEYS:
@@ -260,36 +262,56 @@ def _write_dino(folder: Path, depth: int) -> None:
 # ---- all of them ----
 
 
-def build(folder: Path, bpe: Path | None = None, full: Collection[str] = ()) -> Path:
-    """A hub with every learned scorer's files. `bpe`: open_clip's vocabulary, else a small one made here.
+def build(folder: Path, bpe: Path | None = None, full: Collection[str] = (), only: Collection[str] = ()) -> Path:
+    """A hub with the learned scorers' files. `bpe`: open_clip's vocabulary, else a small one made here.
 
-    `full`: those made in their published size, of clip_score (CLIP-H, and with it PickScore and HPS), image_reward,
-    aesthetic_score, clip_t, dino.
+    full: those made in their published size, by the names in WRITERS. only: those made at all; default all.
     """
     folder = Path(folder)
-    vocabulary = 0
-    for repo in (CLIP_H, CLIP_L, CLIP_B):
-        vocabulary = write_clip_tokenizer(folder / repo, bpe and gzip.decompress(bpe.read_bytes()).decode())
+    published = bpe and gzip.decompress(bpe.read_bytes()).decode()
+    vocabularies = {repo: write_clip_tokenizer(folder / repo, published) for repo in (CLIP_H, CLIP_L, CLIP_B)}
+    words = write_bert_tokenizer(folder / BERT, padded=bpe is not None)
+    for name in only or WRITERS:
+        WRITERS[name](folder, name in full, words if name == "image_reward" else vocabularies[CLIP_H])
+    return folder
 
-    def sizes(repo: str, name: str):
-        return (PUBLISHED if name in full else SMALL)[repo]
 
-    for repo in (CLIP_H, PICK_SCORE):
-        state = _write_clip(folder, repo, sizes(CLIP_H, "clip_score"), vocabulary, 80, "gelu")
-        if repo == CLIP_H:
-            torch.save(state, folder / repo / "open_clip_pytorch_model.bin")
-    for file in ("HPS_v2_compressed.pt", "HPS_v2.1_compressed.pt"):  # half precision, as published
-        state = drawn(f"{HPS}/{file}", clip_shapes(*sizes(CLIP_H, "clip_score"), vocabulary))
-        (folder / HPS).mkdir(exist_ok=True, parents=True)
-        torch.save({"state_dict": {k: v.half() for k, v in state.items()}}, folder / HPS / file)
-    for repo, name, file in ((CLIP_L, "aesthetic_score", "ViT-L-14.pt"), (CLIP_B, "clip_t", "ViT-B-32.pt")):
-        state = _write_clip(folder, repo, sizes(repo, name), vocabulary, 64, "quick_gelu")
-        torch.save(state, folder / repo / file)
+def _write_clip_h(folder: Path, full: bool, vocabulary: int) -> None:
+    state = _write_clip(folder, CLIP_H, (PUBLISHED if full else SMALL)[CLIP_H], vocabulary, 80, "gelu")
+    torch.save(state, folder / CLIP_H / "open_clip_pytorch_model.bin")
+
+
+def _write_pick_score(folder: Path, full: bool, vocabulary: int) -> None:
+    _write_clip(folder, PICK_SCORE, (PUBLISHED if full else SMALL)[CLIP_H], vocabulary, 80, "gelu")
+
+
+def _write_hps(file: str, folder: Path, full: bool, vocabulary: int) -> None:
+    """Half precision, as published; the sizes are CLIP-H's, whose config.json is read with it."""
+    state = drawn(f"{HPS}/{file}", clip_shapes(*(PUBLISHED if full else SMALL)[CLIP_H], vocabulary))
+    (folder / HPS).mkdir(exist_ok=True, parents=True)
+    torch.save({"state_dict": {k: v.half() for k, v in state.items()}}, folder / HPS / file)
+
+
+def _write_openai(repo: str, file: str, folder: Path, full: bool, vocabulary: int) -> None:
+    state = _write_clip(folder, repo, (PUBLISHED if full else SMALL)[repo], vocabulary, 64, "quick_gelu")
+    torch.save(state, folder / repo / file)
+
+
+def _write_aesthetic(folder: Path, full: bool, vocabulary: int) -> None:
+    _write_openai(CLIP_L, "ViT-L-14.pt", folder, full, vocabulary)
     head = drawn(AESTHETIC, head_shapes(768))
-    head["layers.7.bias"] += 5
+    head["layers.7.bias"] += 5  # ratings of about 5, as published
     (folder / AESTHETIC).mkdir(exist_ok=True, parents=True)
     torch.save(head, folder / AESTHETIC / "sac+logos+ava1-l14-linearMSE.pth")
-    words = write_bert_tokenizer(folder / BERT, padded=bpe is not None or "image_reward" in full)
-    _write_image_reward(folder, PUBLISHED_BLIP if "image_reward" in full else SMALL_BLIP, words)
-    _write_dino(folder, DINO_DEPTH["published" if "dino" in full else "small"])
-    return folder
+
+
+WRITERS: dict[str, Callable[[Path, bool, int], None]] = {
+    "clip_score": _write_clip_h,
+    "pick_score": _write_pick_score,
+    "hps_v2": partial(_write_hps, "HPS_v2_compressed.pt"),
+    "hps_v21": partial(_write_hps, "HPS_v2.1_compressed.pt"),
+    "aesthetic_score": _write_aesthetic,
+    "clip_t": partial(_write_openai, CLIP_B, "ViT-B-32.pt"),
+    "image_reward": _write_image_reward,
+    "dino": _write_dino,
+}
