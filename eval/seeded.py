@@ -53,7 +53,15 @@ MED_CONFIG = {
     "num_hidden_layers": 12, "pad_token_id": 0, "add_type_embeddings": False, "vocab_size": 30524,
     "encoder_width": 768, "add_cross_attention": True,
 }  # fmt: skip
-STREAM = 0.03  # what a block of BLIP's or DINO's ViT adds to its residual stream
+STREAM = 0.01  # what BLIP's and DINO's ViTs add to their residual stream, about
+VIT_SCALES = {
+    "cls_token": 0.1 * STREAM,
+    "pos_embed": 0.3 * STREAM,
+    "patch_embed.proj.weight": STREAM,
+    "attn.proj.weight": 3 * STREAM,
+    "mlp.fc2.weight": STREAM,
+    "attn.qkv.weight": 4.0,  # the class token looks somewhere, and not everywhere
+}
 HEAD_SIZES = (1024, 128, 64, 16, 1)
 
 
@@ -69,13 +77,13 @@ def _drawn(key: str, shape: tuple[int, ...], seed: int) -> Tensor:
     if len(shape) == 1 and key.endswith("weight"):  # of a norm
         return 1 + 0.1 * x
     if key.endswith("bias"):
-        return 0.1 * x * (STREAM if "blocks" in key else 1)
-    if "embed" in key and "patch" not in key or key.endswith(("cls_token", "position_embeddings")):
-        return (STREAM if key.endswith(("cls_token", "pos_embed")) else 0.3) * x
+        return (STREAM if "blocks" in key else 1) * 0.1 * x
+    if (scale := next((value for end, value in VIT_SCALES.items() if key.endswith(end)), None)) is not None:
+        return scale / math.sqrt(math.prod(shape[1:]) if key.endswith("weight") else 1) * x
+    if "embed" in key:
+        return 0.3 * x
     fan_in = shape[0] if key.endswith(("visual.proj", "text_projection")) else math.prod(shape[1:])
-    small = key.endswith(("patch_embed.proj.weight", "attn.proj.weight", "mlp.fc2.weight"))
-    gain = STREAM if small else 1.0 if key.startswith("mlp.layers") else 1.5
-    return gain / math.sqrt(fan_in) * x
+    return (1.0 if key.startswith("mlp.layers") else 1.5) / math.sqrt(fan_in) * x
 
 
 # ---- CLIP ----

@@ -1,5 +1,7 @@
 """Pictures and prompts on which implementations of a scorer may differ: odd sizes, modes and texts, made by rule."""
 
+import hashlib
+
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -119,6 +121,14 @@ def pairs(count: int | None = None) -> tuple[list[str], list[Image.Image], list[
     """Names, pictures and a prompt for each of the first `count` pictures."""
     made = dict(list(pictures().items())[:count])
     return list(made), list(made.values()), [PROMPTS[i % len(PROMPTS)] for i in range(len(made))]
+
+
+def digest_of(images: list[Image.Image]) -> str:
+    """sha256 of modes, sizes and pixels."""
+    found = hashlib.sha256()
+    for image in images:
+        found.update(f"{image.mode} {image.size}".encode() + image.tobytes())
+    return found.hexdigest()
 
 
 def others(images: list[Image.Image]) -> list[list[Image.Image]]:

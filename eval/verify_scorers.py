@@ -5,7 +5,8 @@
 
 The first builds checkpoints with weights drawn from their names (eval/seeded.py), scores odd pictures and prompts by
 the official packages in the oracle's process and by ours in this one, and writes results/verify_scorers.{json,md}.
-Exit code 1 if a score differs by more than 1e-5. The second is eval/verify_real.py.
+Exit code 1 if a score differs by more than 1e-5. The second is eval/verify_real.py. With `--golden FILE` the first
+only writes the official scores of sixteen pictures, for tests/test_official.py.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from transformers import BertTokenizer, CLIPTokenizer
 
 from eval.clip_model import as_open_clip
 from eval.seeded import BERT, CLIP_H, build
-from eval.seeded_pictures import PROMPTS, others, pairs
+from eval.seeded_pictures import PROMPTS, digest_of, others, pairs
 from eval.transforms import PRESETS
 from eval.verify_real import check_real, published
 from eval.verify_report import text
@@ -35,7 +36,7 @@ from pso.provenance import ROOT, UserError, atomic, sentences, versions, write_j
 
 log = logging.getLogger("verify_scorers")
 TOLERANCE = 1e-5
-FULL_PICTURES = 16  # of a scorer at its published size
+FEW = 16  # pictures of a scorer at its published size, and of the golden scores
 AA, NOAA = {"transform": "hps_letterbox224_aa"}, {"transform": "hps_letterbox224_noaa"}
 CASES = {  # metric, settings in place of the entry's
     "image_reward": ("image_reward", None),
@@ -216,7 +217,7 @@ def verify(oracle: Path, full: list[str], work: Path) -> dict:
     }
     for name in full:
         large = build(work / f"hub_{name}", bpe, full=[name], only=[name])
-        found = official(oracle, work / name, large, [name], FULL_PICTURES, [])
+        found = official(oracle, work / name, large, [name], FEW, [])
         report["scorers"] += compare_scores(found, work / name, large, "published")
     names, images, prompts = pairs()
     report["pictures"] = [
@@ -226,6 +227,18 @@ def verify(oracle: Path, full: list[str], work: Path) -> dict:
     hps = [i for i in images if i.mode == "RGBA" or max(i.size) == 224 and min(i.size) != 224]
     report["shown_otherwise_to_the_hps_code"] = len(hps)
     return report
+
+
+def golden(oracle: Path, work: Path) -> dict:
+    """Official scores on networks that a test can build: a small vocabulary, made from code."""
+    hub = build(work / "hub")
+    found = official(oracle, work / "golden", hub, list(CASES), FEW, [])
+    return {
+        "command": "python -m eval.verify_scorers --oracle PYTHON --golden tests/golden/official_scores.json",
+        "versions": json.loads(ask(oracle, "--where"))["versions"],
+        "pictures": digest_of(pairs(FEW)[1]),
+        "scores": {key: [round(score, 9) for score in case["scores"]] for key, case in found.items()},
+    }
 
 
 def wrong(report: dict) -> list[str]:
@@ -255,6 +268,7 @@ def main() -> None:
     parser.add_argument("--examples", type=Path, help="folder with ImageReward's 1.webp to 4.webp and demo_image.jpg")
     parser.add_argument("--full", nargs="*", default=["image_reward"], choices=["image_reward", "clip_score"],
                         help="scorers compared at their published size as well")  # fmt: skip
+    parser.add_argument("--golden", type=Path, help="write the golden scores there and nothing else")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -263,6 +277,9 @@ def main() -> None:
             sys.exit(check_real(args.real, args.examples))
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory() as work:
+            if args.golden is not None:
+                write_json(args.golden, golden(args.oracle, Path(work)))
+                return
             report = verify(args.oracle, args.full, Path(work))
         write_json(args.results / "verify_scorers.json", report)
         with atomic(args.results / "verify_scorers.md") as part:
