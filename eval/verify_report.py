@@ -35,9 +35,10 @@ def text(report: dict) -> str:
     }  # fmt: skip
     parts = [
         "# The official scorers against ours",
-        "Made by `make verify_scorers`. Both sides read the same checkpoints in the official formats, whose random "
-        "weights are drawn from their names, and score the same files. Differences are |official - ours| on the "
-        f"scorers' own scale; more than {report['tolerance']:.0e} fails. The random networks tell the pictures apart "
+        f"Made by `{report['command']}` (`make verify_scorers` makes the environment of PYTHON). Both sides read the "
+        "same checkpoints in the official formats, whose random weights are drawn from their names, and score the same "
+        f"files. Differences are |official - ours| on the scorers' own scale; more than {report['tolerance']:.0e} "
+        "fails. The random networks tell the pictures apart "
         "(range and std of the official scores), so none of this is an equality of constants.",
         "## Scores",
         markdown([shown(row) for row in report["scorers"]], scorers),

@@ -209,6 +209,7 @@ def verify(oracle: Path, full: list[str], work: Path) -> dict:
     texts = [prompt for prompts in lists.values() for prompt in prompts]
     found = official(oracle, work / "small", hub, list(CASES), None, texts)
     report = {
+        "command": " ".join(["python -m eval.verify_scorers --oracle PYTHON --full", *full]).strip(),
         "tolerance": TOLERANCE,
         "versions": {"official": place["versions"], "ours": versions()},
         "scorers": compare_scores(found, work / "small", hub, "small"),
