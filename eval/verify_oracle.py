@@ -13,14 +13,16 @@ from importlib import metadata
 from pathlib import Path
 
 from eval.official_packages import BPE, official_transforms, package, vendored
+from pso.provenance import sentences
 
 PACKAGES = ("torch", "torchvision", "transformers", "tokenizers", "image-reward", "hpsv2", "open_clip_torch",
             "clip-anytorch", "timm", "ftfy", "numpy", "pillow")  # fmt: skip
 
 
 def where() -> dict:
+    bpe = Path(package("open_clip").__file__).parent / BPE
     versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
-    return {"bpe": str(Path(package("open_clip").__file__).parent / BPE), "versions": versions}
+    return {"bpe": str(bpe), "versions": versions}
 
 
 def images_of(folder: Path, names: list[str]) -> list:
@@ -59,6 +61,11 @@ def tokens(task: dict) -> dict[str, list[list[int]]]:
 
 
 def main() -> None:
+    with sentences("verify_oracle"):
+        run()
+
+
+def run() -> None:
     if sys.argv[1] == "--where":
         print(json.dumps(where()))
         return
