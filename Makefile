@@ -1,13 +1,15 @@
 # make        set up .venv and run the miniature (60 minutes on 2 idle cores; later runs only what changed)
 # make test   set up .venv and run the tests
+# make verify_scorers   ours against the official scorer packages, which go into .venv-oracle (10 minutes)
 PYTHON ?= python3
 CORES ?= 2
 VENV := .venv
-EXPORT := --quiet --frozen --no-hashes --no-emit-project --all-groups --no-annotate --no-header
+ORACLE := .venv-oracle
+EXPORT := --quiet --frozen --no-hashes --no-emit-project --group dev --no-annotate --no-header
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export OMP_NUM_THREADS := 1
 
-.PHONY: all test lint readme lock clean-env
+.PHONY: all test lint readme verify_scorers lock clean-env
 all: $(VENV)/ready
 	snakemake --cores $(CORES) --rerun-incomplete
 	@python -m pso.runs
@@ -24,6 +26,17 @@ lint: $(VENV)/ready
 # the README's numbers, from results/miniature
 readme: $(VENV)/ready
 	python -m eval.readme
+
+verify_scorers: $(VENV)/ready $(ORACLE)/ready
+	snakemake --cores 1 --forcerun verify_scorers -- verify_scorers
+
+# Python 3.11 as in envs/oracle.yaml; any that has wheels of these versions will do
+$(ORACLE)/ready: envs/oracle.txt requirements.lock
+	$(PYTHON) -m venv $(ORACLE)
+	$(ORACLE)/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements.lock)
+	$(ORACLE)/bin/python -m pip install --quiet --disable-pip-version-check -r envs/oracle.txt
+	$(ORACLE)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps image-reward==1.5 hpsv2==1.2.0
+	@touch $@
 
 # torch first and by its public version: the same line takes the CPU or the CUDA build of the machine
 $(VENV)/ready: requirements.lock pyproject.toml
@@ -42,4 +55,4 @@ lock:
 	rm uv.lock
 
 clean-env:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(ORACLE)

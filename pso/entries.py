@@ -144,10 +144,16 @@ class MetricEntry(Strict):
     scale: float = 1.0  # printed = scale * score
     settings: dict[str, Any] = {}  # keyword arguments of the module's load()
     compared_with: Literal["pictures", "untuned", "siblings"] | None = None  # eval/compared.py
+    implementation: Literal["ours", "official"] = "ours"  # official: its authors' packages, of envs/oracle.txt
     checkpoint: Checkpoint | None = None
     head: Checkpoint | None = None
     architecture: Checkpoint | None = None  # the JSON file of the sizes that a bare state dict does not hold
     only_scales: list[str] | None = None  # where the column can exist at all
+
+    @property
+    def loader(self) -> str:
+        """Dotted path of what has the load()."""
+        return self.module if self.implementation == "ours" else f"eval.official:{self.module.rpartition('.')[2]}"
 
 
 class DatasetEntry(Strict):

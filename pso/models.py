@@ -194,37 +194,47 @@ def load_metric(name: str, entry: MetricEntry, hub: Hub, device, model: str | No
 
     `model`: what it is to be a reward for. A head with {model} in its file is made for each of them.
     """
-    module = import_module(entry.module, f"metrics.{name}.module")
-    own, files = Hub(hub.root, hub.command), {}  # a hub that remembers the files of this scorer alone
-    if entry.checkpoint is not None:
-        files["model"] = _checkpoint(entry.checkpoint, own)
-        files["processor"] = _processor(entry.checkpoint.processor or entry.checkpoint.repo, own)
-    if entry.head is not None:
-        if "{model}" in (entry.head.file or "") and model is None:
-            raise ConfigError(f"metrics.{name} has a head for each model, so it can only be a method's reward.")
-        files["head"] = _checkpoint(entry.head, own, model)
-    if entry.architecture is not None:
-        files["architecture"] = _checkpoint(entry.architecture, own)
+    field = "module" if entry.implementation == "ours" else "implementation"
+    module = import_module(entry.loader, f"metrics.{name}.{field}")
+    own = Hub(hub.root, hub.command)  # a hub that remembers the files of this scorer alone
+    files = metric_files(name, entry, own, model)
     if unknown := sorted(set(entry.settings) - set(inspect.signature(module.load).parameters)):
         raise ConfigError(f"metrics.{name}.settings has {unknown[0]!r}, which {entry.module} does not take.")
     try:
         scorer = module.load(files, device, **entry.settings)
+    except UserError:  # says itself what is wrong
+        raise
     except BROKEN as error:  # a file of another model, or a broken one
         reason = _reason(error, own.used.values())
         raise UserError(f"metrics.{name} cannot be loaded ({reason}); fetch its files again.") from error
     hub.used |= own.used
-    spec = {**scorer.spec, "metric": name, "code": fingerprint(entry.module)}
+    spec = {**scorer.spec, "metric": name, "code": fingerprint(entry.loader)}
     if own.used:
         spec["files"] = {f"{i['repo']}/{i['file']}": i["sha256"] for i in own.inputs()}
     scorer.spec = spec  # on the scorer: its class may share the old one with others
     scorer.compared_with = entry.compared_with
     if (entry.compared_with is not None) != ("others" in inspect.signature(scorer.score).parameters):
         raise ConfigError(
-            f"metrics.{name}.compared_with is {entry.compared_with}, but score() of {entry.module} takes "
+            f"metrics.{name}.compared_with is {entry.compared_with}, but score() of {entry.loader} takes "
             f"{'no ' if entry.compared_with else ''}others; expected one of pictures, untuned and siblings where it "
             "takes others, else none."
         )
     return scorer
+
+
+def metric_files(name: str, entry: MetricEntry, hub: Hub, model: str | None = None) -> dict[str, Path]:
+    """What a scorer's load() is given: `model`, `processor`, `head`, `architecture`, as far as the entry has them."""
+    files = {}
+    if entry.checkpoint is not None:
+        files["model"] = _checkpoint(entry.checkpoint, hub)
+        files["processor"] = _processor(entry.checkpoint.processor or entry.checkpoint.repo, hub)
+    if entry.head is not None:
+        if "{model}" in (entry.head.file or "") and model is None:
+            raise ConfigError(f"metrics.{name} has a head for each model, so it can only be a method's reward.")
+        files["head"] = _checkpoint(entry.head, hub, model)
+    if entry.architecture is not None:
+        files["architecture"] = _checkpoint(entry.architecture, hub)
+    return files
 
 
 def _checkpoint(checkpoint: Checkpoint, hub: Hub, model: str | None = None) -> Path:

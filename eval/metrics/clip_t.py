@@ -7,7 +7,7 @@ CLIP has never read the identifier. Whether the paper left it in the text is not
 import re
 from pathlib import Path
 
-from eval.clip_model import ClipScorer, load_clip
+from eval.clip_model import ClipScorer, as_open_clip, load_clip
 
 IDENTIFIER = "[V]"
 
@@ -20,4 +20,5 @@ def stripped(prompt: str) -> str:
 def load(files: dict[str, Path], device, activation: str = "quick_gelu") -> ClipScorer:
     spec = {"output": "cosine", "strip_identifier": True}
     model = load_clip(files["model"], activation, device)
-    return ClipScorer(model, files["processor"], "clip_pil224", spec, stripped)
+    # OpenAI's package cleans a text as open_clip does
+    return ClipScorer(model, files["processor"], "clip_pil224", spec, lambda prompt: as_open_clip(stripped(prompt)))

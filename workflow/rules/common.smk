@@ -120,6 +120,7 @@ def scorer_settings(metric):
     """What decides a score; how it is printed does not."""
     decides = {
         "module",
+        "implementation",
         "settings",
         "checkpoint",
         "head",

@@ -1,0 +1,80 @@
+"""Tokenizers for eval/seeded.py: CLIP's from its published list of merges or from a small one, and BERT's."""
+
+import gzip
+import json
+from pathlib import Path
+
+TEXT = """
+a an the of on in with and at to is are by for from under over day night time photo painting drawing picture cat cats
+dog dogs horse horns head two three one red green blue black white orange yellow sky cloud clouds ocean sea bird birds
+tree house street car boy girl man woman portrait close up low depth field effect robot glass table wearing holding
+sitting standing wooden old small big light dark water sun moon mountain city castle oil style conductor s cafe detailed
+realistic its no
+"""
+WORDS = TEXT.split()
+
+
+def byte_characters() -> list[str]:
+    """GPT-2's and CLIP's 256 characters for the 256 bytes, the printable ones first."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
+
+
+def small_merges() -> list[str]:
+    """Merges that make each word of WORDS one token, from left to right."""
+    found = {}
+    for word in WORDS:
+        left, *rest = [*word[:-1], word[-1] + "</w>"]
+        for right in rest:
+            found[f"{left} {right}"] = None
+            left += right
+    return list(found)
+
+
+def write_clip_tokenizer(folder: Path, published: str | None) -> int:
+    """vocab.json, merges.txt and the settings beside them, and the list as the packages read it; number of tokens.
+
+    published: the text of bpe_simple_vocab_16e6.txt, of which CLIP uses the first 48,894 merges.
+    """
+    text = published or "\n".join(["#version: 0.2", *small_merges()])
+    merges = text.split("\n")[1 : 49152 - 256 - 2 + 1]
+    single = byte_characters()
+    tokens = [*single, *(c + "</w>" for c in single), *("".join(m.split()) for m in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    special["unk_token"] = "<|endoftext|>"
+    settings = {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer", "do_lower_case": True, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    with gzip.open(folder / "bpe_simple_vocab_16e6.txt.gz", "wt", encoding="utf-8") as file:
+        file.write(text)
+    return len(vocabulary)
+
+
+PROCESSOR = {
+    "crop_size": 224, "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3, "size": 224,
+    "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}  # fmt: skip
+
+
+def write_bert_tokenizer(folder: Path, padded: bool) -> int:
+    """vocab.txt with the special tokens at their published numbers; number of lines, 30,522 if `padded`."""
+    special = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    characters = [chr(c) for c in (*range(33, 65), *range(91, 127))]
+    accented = list("’“”…–—")
+    tokens = [*special, *characters, *accented, *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789")]
+    tokens += [word for word in dict.fromkeys(WORDS) if len(word) > 1]
+    if padded:
+        tokens += [f"[unused{i}]" for i in range(99, 99 + 30522 - len(tokens))]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(tokens) + "\n")
+    settings = {"do_lower_case": True, "model_max_length": 512, "tokenizer_class": "BertTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return len(tokens)
