@@ -110,6 +110,16 @@ def test_the_file_brings_its_own_clip_and_scale(files, pictures, tmp_path):
     assert made.spec["logit_scale"] == pytest.approx(math.exp(2.0), abs=1e-3) and made.step_aware
 
 
+def test_pick_score_beside_it_keeps_its_own_weights(files, pictures, tmp_path):
+    plain = pick_score.load(files, "cpu")
+    before, state = plain.score(pictures, CAPTIONS), state_of(files)
+    state["model.visual_projection.weight"] = state["model.visual_projection.weight"].flip(0)
+    torch.save(state, tmp_path / "spm.bin")
+    loaded = released.load({**files, "head": tmp_path / "spm.bin"}, "cpu")
+    assert not torch.equal(loaded.base.model.visual_projection.weight, plain.model.visual_projection.weight)
+    assert torch.equal(plain.score(pictures, CAPTIONS), before)
+
+
 @pytest.mark.parametrize("fault", ["lacks", "foreign", "cut", "list"])
 def test_every_key_has_to_find_its_place(files, tmp_path, fault):
     path, state = tmp_path / "spm.bin", state_of(files)
