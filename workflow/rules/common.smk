@@ -171,10 +171,8 @@ def scorer_inputs(*names):
     """The hub's steps that make the checkpoints of metrics."""
     checkpoints = [CONFIG.metrics[name].checkpoint for name in names]
     steps = {SCORER_STEPS.get(c.repo, "judges") for c in checkpoints if c is not None}
-    tuned = steps & {
-        "judges",
-        "rewards",
-    }  # from a CLIP of the step `clip`, or read with its tokenizer
+    # both are tuned from a CLIP of the step `clip`, or read with its tokenizer
+    tuned = steps & {"judges", "rewards"}
     return hub_inputs(*sorted(steps | ({"clip"} if tuned else set())))
 
 
