@@ -140,7 +140,11 @@ def _score(name: str, scorer, images: list, prompts: list[str], others: dict, na
                 f"{name} compares pictures of one prompt, and {alone[0]} is the only one of its own; "
                 "make at least two for every prompt, or leave the metric out."
             )
-    scores = scorer.score(images, prompts, *more).double().cpu()
+    try:
+        scores = scorer.score(images, prompts, *more).double().cpu()
+    except ValueError as error:  # of a picture or a prompt that it cannot judge
+        which = f"one of the images {names[0]} to {names[-1]}"
+        raise UserError(f"{name} cannot score {which} ({error}); take it out or leave the metric out.") from error
     if scores.shape != (len(images),):
         raise ValueError(f"{name} gave {tuple(scores.shape)} for {len(images)} pictures; expected one score for each")
     if not torch.isfinite(scores).all():

@@ -194,6 +194,7 @@ def load_metric(name: str, entry: MetricEntry, hub: Hub, device, model: str | No
 
     `model`: what it is to be a reward for. A head with {model} in its file is made for each of them.
     """
+    transformers.utils.logging.disable_progress_bar()  # one line per small file says nothing
     field = "module" if entry.implementation == "ours" else "implementation"
     module = import_module(entry.loader, f"metrics.{name}.{field}")
     own = Hub(hub.root, hub.command)  # a hub that remembers the files of this scorer alone

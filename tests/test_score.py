@@ -19,7 +19,7 @@ from test_metrics import quiet  # noqa: F401
 from test_pictures import encoded, noise
 
 import eval.score as score_module
-import eval.scoring
+from eval import scoring
 from eval.metrics import clip_score, pick_score, sharpness
 from eval.score import score, score_pictures
 from eval.scores import find_row, read_scores
@@ -60,7 +60,7 @@ def scorers(hub):
 
 
 def test_the_example_in_the_docstring():
-    found = doctest.testmod(eval.scoring)
+    found = doctest.testmod(scoring)
     assert found.attempted >= 6 and not found.failed
 
 
@@ -127,10 +127,16 @@ def test_a_score_that_is_not_finite_is_named_and_a_wrong_shape_is_an_error(image
         def score(self, images, prompts):
             return torch.zeros(1)
 
+    class Refuses:
+        def score(self, images, prompts):
+            raise ValueError("no caption")
+
     with pytest.raises(UserError, match="bad of image n5 is not finite"):
         score_pictures(images, CAPTIONS, {"bad": Bad()}, names=[f"n{i}" for i in range(6)], batch=4)
     with pytest.raises(ValueError, match="expected one score for each"):
         score_pictures(images, CAPTIONS, {"short": Short()})
+    with pytest.raises(UserError, match=r"refuses cannot score one of the images 0 to 5 \(no caption\); take it out"):
+        score_pictures(images, CAPTIONS, {"refuses": Refuses()})
     with pytest.raises(UserError, match="6 pictures came with 5 prompts"):
         score_pictures(images, CAPTIONS[:5], {})
 
@@ -445,8 +451,8 @@ def test_a_broken_image_stops_the_table(tmp_path, broken):
 
 def test_progress_says_rate_and_time_left(monkeypatch):
     said, now = [], iter([0.0, 1.0, 6.0, 7.0, 12.0])
-    monkeypatch.setattr(eval.scoring.time, "monotonic", lambda: next(now))
-    progress = eval.scoring.Progress(said.append)
+    monkeypatch.setattr(scoring.time, "monotonic", lambda: next(now))
+    progress = scoring.Progress(said.append)
     for done in (64, 128, 192, 256):
         progress(done, 1024)
     assert said == ["128/1024 pictures  21.3/s  left 0:42", "256/1024 pictures  21.3/s  left 0:36"]

@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 
 from eval.transforms import to_tensor
-from pso.provenance import UserError
 
 LAPLACIAN = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])
 LUMINANCE = torch.tensor([0.299, 0.587, 0.114])
@@ -24,9 +23,9 @@ def luminance(image: Image.Image) -> Tensor:
 
 
 def variance(image: Image.Image) -> Tensor:
-    """Of the Laplacian at every inner pixel, grey levels squared."""
+    """Of the Laplacian at every inner pixel, grey levels squared. ValueError of a picture that has none."""
     if min(image.size) < 3:
-        raise UserError(f"a picture of {image.width} x {image.height} px has no Laplacian; sharpness needs 3 x 3 px.")
+        raise ValueError(f"a picture of {image.width} x {image.height} px has no Laplacian; expected at least 3 x 3")
     return F.conv2d(luminance(image)[None, None], LAPLACIAN[None, None]).var(correction=0)
 
 

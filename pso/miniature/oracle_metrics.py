@@ -6,7 +6,6 @@ from PIL import Image
 from torch import Tensor
 
 from pso.miniature import oracle, world
-from pso.provenance import UserError
 
 
 class OracleMetric:
@@ -21,7 +20,7 @@ class OracleMetric:
         """[B]; every prompt must be a caption of the world."""
         unknown = [p for p in prompts if p not in world.OF_CAPTION]
         if unknown:
-            raise UserError(f"{unknown[0]!r} is no caption of the stand-in world; the oracle cannot judge it.")
+            raise ValueError(f"{unknown[0]!r} is no caption of the stand-in world; the oracle cannot judge it")
         seen = oracle.look(np.stack([np.asarray(image.convert("RGB")) for image in images]))
         if self.name == "texture":
             return torch.from_numpy(seen.texture).float()
