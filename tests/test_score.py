@@ -18,7 +18,7 @@ from test_compared import laplacian
 from test_metrics import quiet  # noqa: F401
 from test_pictures import encoded, noise
 
-import eval.score as score_module
+from eval import score as score_module
 from eval import scoring
 from eval.metrics import clip_score, pick_score, sharpness
 from eval.score import score, score_pictures
