@@ -1,0 +1,1 @@
+import pso  # noqa: F401  before any module here imports transformers

@@ -6,13 +6,12 @@ The packages are imported when a scorer is made, and only in an environment that
 import contextlib
 import functools
 import gzip
-import importlib.util
+import importlib
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from unittest import mock
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -27,7 +26,6 @@ SIDE = 224
 
 def package(name: str):
     """A module of the official packages, or a sentence."""
-    _declare_torchvision_operators()
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -35,21 +33,6 @@ def package(name: str):
             f"`implementation: official` needs the module {error.name!r}, which is not installed; run in the "
             "environment of envs/oracle.txt (`make verify_scorers` makes it in .venv-oracle)."
         ) from None
-
-
-@functools.cache  # once, and what it returns is kept: a library that is let go takes its schemas with it
-def _declare_torchvision_operators() -> torch.library.Library | None:
-    """PyPI's torchvision is built for CUDA; beside a CPU torch it imports only if its operators have a schema."""
-    if not (spec := importlib.util.find_spec("torchvision")):
-        return None
-    try:
-        torch.ops.load_library(str(Path(spec.origin).parent / "_C.so"))
-        return None
-    except OSError:
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        return library
 
 
 def vendored():

@@ -13,14 +13,14 @@ import torch
 import transformers
 from torch import nn
 
-import eval.clip_model
-import eval.transforms
+from eval import clip_model, transforms
 from eval.metrics import dino, image_reward
 from eval.seeded import build
 from eval.seeded_pictures import digest_of, others, pairs
 from eval.verify_scorers import CASES, FEW, TOLERANCE, entry_of
 from pso.hub import Hub
 from pso.models import load_metric
+from pso.provenance import ROOT
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "official_scores.json").read_text())
 OF_CLIP_H = ("pick_score", "clip_score", "hps_v2", "hps_v21")
@@ -83,8 +83,8 @@ def test_every_learned_column_of_the_paper_has_golden_scores():
 
 @pytest.mark.parametrize("key", CASES)
 def test_bgr_is_another_score(hub, pictures, key, monkeypatch):
-    right = eval.transforms.to_tensor
-    monkeypatch.setattr(eval.transforms, "to_tensor", lambda image: right(image).flip(0))
+    right = transforms.to_tensor
+    monkeypatch.setattr(transforms, "to_tensor", lambda image: right(image).flip(0))
     assert error(loaded(hub, key), key, pictures) > CLEAR
 
 
@@ -119,7 +119,7 @@ def test_another_transform_is_another_score(hub, pictures, key, transform):
 
 @pytest.mark.parametrize("key", ["aesthetic_score", "clip_score", "clip_i"])
 def test_features_without_unit_length_are_another_score(hub, pictures, key, monkeypatch):
-    monkeypatch.setattr(eval.clip_model.F, "normalize", lambda x, dim: x)
+    monkeypatch.setattr(clip_model.F, "normalize", lambda x, dim: x)
     assert error(loaded(hub, key), key, pictures) > CLEAR
 
 
@@ -132,7 +132,7 @@ def test_transformers_tokens_alone_are_another_score(hub, pictures, key):
 
 def test_pick_score_has_transformers_tokens(hub, pictures):
     scorer = loaded(hub, "pick_score")
-    scorer.clean = eval.clip_model.as_open_clip
+    scorer.clean = clip_model.as_open_clip
     assert error(scorer, "pick_score", pictures) > CLEAR
 
 
@@ -173,7 +173,7 @@ def test_image_reward_without_its_mean_and_deviation_is_another_score(hub, pictu
 
 
 def test_image_reward_converts_to_rgb_after_resizing(hub, pictures, monkeypatch):
-    monkeypatch.setitem(eval.transforms.PRESETS, "openai_pil224", eval.transforms.clip_pil224)
+    monkeypatch.setitem(transforms.PRESETS, "openai_pil224", transforms.clip_pil224)
     assert error(loaded(hub, "image_reward"), "image_reward", pictures) > CLEAR
 
 
@@ -188,11 +188,9 @@ def test_dino_squashed_to_224_is_another_score(hub, pictures, monkeypatch):
 
     def squashed(image, size=224):
         small = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-        return eval.transforms.normalise(
-            eval.transforms.to_tensor(small), eval.transforms.IMAGENET_MEAN, eval.transforms.IMAGENET_STD
-        )
+        return transforms.normalise(transforms.to_tensor(small), transforms.IMAGENET_MEAN, transforms.IMAGENET_STD)
 
-    monkeypatch.setitem(eval.transforms.PRESETS, "dino_256_224", squashed)
+    monkeypatch.setitem(transforms.PRESETS, "dino_256_224", squashed)
     assert error(loaded(hub, "dino"), "dino", pictures) > CLEAR
 
 
@@ -236,3 +234,22 @@ def test_rows_of_the_two_implementations_are_never_taken_for_each_other(hub, mon
     ours = loaded(hub, "pick_score").spec
     assert theirs["implementation"] == "official" and "torch" in theirs["packages"]
     assert theirs["files"] == ours["files"] and theirs["code"] != ours["code"] and theirs != ours
+
+
+@pytest.mark.parametrize("first", ["import pso", "import eval.metrics.sharpness", "pass"])
+def test_a_torchvision_that_cannot_load_beside_this_torch_is_importable(tmp_path, first):
+    """A stand-in that needs its operators' schemas, as PyPI's does, and has no compiled part that loads."""
+    import subprocess
+    import sys
+
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    code = "import torch\ntorch.library.register_fake('torchvision::nms')(lambda dets, scores, iou: dets)\n"
+    (package / "__init__.py").write_text(code)
+    run = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{first}\nassert 'torchvision' not in sys.modules\n"
+    run += "import torchvision, torch; torch.ops.torchvision.qnms.default"
+    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, cwd=ROOT)
+    if first == "pass":
+        assert "operator torchvision::nms does not exist" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
