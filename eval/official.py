@@ -188,7 +188,7 @@ class ClipT(OpenAi):
 
 
 class ClipI(OpenAi):
-    output, compared_with = "mean cosine with a subject's pictures", "pictures"
+    output = "mean cosine with a subject's pictures"
 
     def score(self, images: list[Image.Image], prompts: list[str], others: list[list[Image.Image]]) -> Tensor:
         """Mean cosine [B]."""
@@ -256,8 +256,6 @@ class ImageReward:
 
 class Dino:
     """timm's ViT-S/16, which is DINO's own, with DINO's file; timm's epsilon is DINO's 1e-6."""
-
-    compared_with = "pictures"
 
     def __init__(self, files: dict[str, Path], device):
         timm = package("timm")

@@ -1,6 +1,7 @@
 """Pictures and prompts on which implementations of a scorer may differ: odd sizes, modes and texts, made by rule."""
 
 import hashlib
+import inspect
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -131,6 +132,8 @@ def digest_of(images: list[Image.Image]) -> str:
     return found.hexdigest()
 
 
-def others(images: list[Image.Image]) -> list[list[Image.Image]]:
-    """For metrics that compare: the next three pictures of each."""
-    return [[images[(i + k) % len(images)] for k in (1, 2, 3)] for i in range(len(images))]
+def compared(scorer, images: list[Image.Image]) -> list:
+    """What score() is given beside pictures and prompts: for one that compares, the next three of each picture."""
+    if "others" not in inspect.signature(scorer.score).parameters:
+        return []
+    return [[[images[(i + k) % len(images)] for k in (1, 2, 3)] for i in range(len(images))]]

@@ -35,14 +35,16 @@ def images_of(folder: Path, names: list[str]) -> list:
 def scores(task: dict, images: list) -> dict:
     """Of every case: the official scores and what the scorer says of itself."""
     from eval import official  # after the operators of torchvision are declared
-    from eval.seeded_pictures import others
+    from eval.seeded_pictures import compared
 
     found = {}
     for key, case in task["cases"].items():
         files = {name: Path(path) for name, path in case["files"].items()}
         scorer = getattr(official, case["load"]).load(files, "cpu", **case["settings"])
-        more = [others(images)] if hasattr(scorer, "compared_with") else []
-        found[key] = {"scores": scorer.score(images, task["prompts"], *more).tolist(), "spec": scorer.spec}
+        found[key] = {
+            "scores": scorer.score(images, task["prompts"], *compared(scorer, images)).tolist(),
+            "spec": scorer.spec,
+        }
     return found
 
 

@@ -24,7 +24,7 @@ from transformers import BertTokenizer, CLIPTokenizer
 
 from eval.clip_model import as_open_clip
 from eval.seeded import BERT, CLIP_H, build
-from eval.seeded_pictures import PROMPTS, digest_of, others, pairs
+from eval.seeded_pictures import PROMPTS, compared, digest_of, pairs
 from eval.transforms import PRESETS
 from eval.verify_real import check_real, published
 from eval.verify_report import text
@@ -129,8 +129,7 @@ def compare_scores(found: dict, folder: Path, hub: Path, size: str) -> list[dict
     for key, theirs in found.items():
         name, entry = entry_of(key)
         scorer = load_metric(name, entry, Hub(hub), torch.device("cpu"))
-        more = [others(images)] if hasattr(scorer, "compared_with") else []
-        ours = scorer.score(images, prompts, *more).double()
+        ours = scorer.score(images, prompts, *compared(scorer, images)).double()
         scores = torch.tensor(theirs["scores"], dtype=torch.float64)
         difference = (ours - scores).abs()
         rows.append(

@@ -16,7 +16,7 @@ from torch import nn
 from eval import clip_model, transforms
 from eval.metrics import dino, image_reward
 from eval.seeded import build
-from eval.seeded_pictures import digest_of, others, pairs
+from eval.seeded_pictures import compared, digest_of, pairs
 from eval.verify_scorers import CASES, FEW, TOLERANCE, entry_of
 from pso.hub import Hub
 from pso.models import load_metric
@@ -57,8 +57,12 @@ def loaded(hub, key: str, **settings):
 def error(scorer, key: str, pictures) -> float:
     """max |official - ours|."""
     _, images, prompts = pictures
-    more = [others(images)] if hasattr(scorer, "compared_with") else []
-    return (scorer.score(images, prompts, *more) - torch.tensor(GOLDEN["scores"][key])).abs().max().item()
+    return (
+        (scorer.score(images, prompts, *compared(scorer, images)) - torch.tensor(GOLDEN["scores"][key]))
+        .abs()
+        .max()
+        .item()
+    )
 
 
 def test_the_pictures_are_those_that_were_scored(pictures):
@@ -227,7 +231,8 @@ def test_rows_of_the_two_implementations_are_never_taken_for_each_other(hub, mon
     """An official scorer's spec names its packages, its code and that it is official."""
     from eval import official, official_packages
 
-    fake = SimpleNamespace(spec=official_packages.spec("cosine", ("torch",), [], transform="clip_pil224"))
+    spec = official_packages.spec("cosine", ("torch",), [], transform="clip_pil224")
+    fake = SimpleNamespace(spec=spec, score=lambda images, prompts: None)
     monkeypatch.setattr(official, "pick_score", SimpleNamespace(load=lambda files, device: fake))
     name, entry = entry_of("pick_score")
     theirs = load_metric(name, entry.model_copy(update={"implementation": "official"}), Hub(hub), "cpu").spec
