@@ -132,9 +132,10 @@ def test_torch_is_found_where_it_is_only_reached_through_another_module():
 
 @pytest.mark.parametrize("module", METRICS)
 def test_a_metric_imports_only_torch_and_its_neighbours(module):
-    shared = ("transforms", "clip_model", "compared", "affine", "state_dicts", "open_clip_weights")
-    libraries = {"torch", "numpy", "PIL", "transformers", "pso.provenance"}  # the last for its sentences
-    assert outside(module, libraries | {f"eval.{name}" for name in shared} | set(METRICS)) == set()
+    shared = {"eval.transforms", "eval.clip_model", "eval.compared"}
+    shared |= {"eval.affine", "eval.state_dicts", "eval.open_clip_weights"}
+    allowed = {"torch", "numpy", "PIL", "transformers", *shared, *METRICS}
+    assert outside(module, allowed) == set()
 
 
 @pytest.mark.parametrize("module", LOSSES)
@@ -171,9 +172,7 @@ def test_tune_imports_neither_baselines_nor_eval():
 
 @pytest.mark.parametrize("module", [name for name in FILES if name.split(".")[0] == "pso"])
 def test_the_package_pso_imports_neither_baselines_nor_eval(module):
-    """But the stand-in hub writes the published files under the names by which scorers read them."""
-    formats = {"eval.open_clip_weights", "eval.metrics.image_reward"} if module == "pso.miniature.rewards" else set()
-    assert {n for n in imports(module) if n.split(".")[0] in ("baselines", "eval")} <= formats
+    assert {n for n in imports(module) if n.split(".")[0] in ("baselines", "eval")} == set()
 
 
 @pytest.mark.parametrize("module", [n for n in FILES if not n.startswith("pso.miniature")])

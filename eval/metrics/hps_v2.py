@@ -9,11 +9,12 @@ torchvision of their benchmark (2023, below 0.17) meant none. Under a newer one 
 import json
 from pathlib import Path
 
-from transformers import CLIPConfig
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel
 
 from eval import state_dicts
 from eval.clip_model import ClipScorer, as_open_clip
-from eval.open_clip_weights import load_open_clip
+from eval.open_clip_weights import load_open_clip, to_open_clip
 
 
 def load(files: dict[str, Path], device, transform: str = "hps_letterbox224_noaa") -> ClipScorer:
@@ -24,3 +25,8 @@ def load(files: dict[str, Path], device, transform: str = "hps_letterbox224_noaa
             raise ValueError(f"{part}.hidden_act in {files['architecture']} is {found!r}; expected 'gelu'")
     model = load_open_clip(state, config, files["model"], device)
     return ClipScorer(model, files["processor"], transform, {"output": "cosine"}, as_open_clip)
+
+
+def published(model: CLIPModel) -> dict[str, dict[str, Tensor]]:
+    """What a file for load() holds: open_clip's names, in half precision as the authors store them."""
+    return {"state_dict": {key: value.half() for key, value in to_open_clip(model.state_dict()).items()}}

@@ -3,13 +3,14 @@ ImageReward, made from nothing, and HPS v2 and v2.1, tuned from CLIP-H on other 
 
 ImageReward's BLIP learns in three steps, as the real one did. It sees: its vision tower names what pictures show. It
 reads: its text tower tells right captions from wrong ones, each word of them too (in place of BLIP's caption loss,
-which needs more text than this world has). It ranks: ImageReward's own loss on preference pairs, with captions of
-other pictures as further losers.
+which needs more text than this world has). It ranks: ImageReward's own loss on preference pairs, with wrong captions
+of the preferred picture as further losers.
 """
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -18,9 +19,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from eval.metrics.image_reward import HEAD_WIDTH, MEAN, STD, VISION_EPS, text_config, text_name, vision_name
-from eval.open_clip_weights import to_open_clip
-from pso.entries import Config
+from pso.config import import_module
+from pso.entries import Config, Fit
 from pso.hub import Hub
 from pso.miniature import world
 from pso.miniature.clip import clip_input, features, noisy
@@ -33,7 +33,12 @@ WIDTH, TEXT_WIDTH, PROJECTION = 128, 64, 16
 VISION = {"hidden_size": WIDTH, "intermediate_size": 256, "num_hidden_layers": 2, "patch_size": 8}
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
-MISMATCH_WEIGHT = 0.5  # of the captions of other pictures among the losers
+MISMATCH_WEIGHT = 0.5  # of the wrong captions among the losers
+
+
+def scorer_of(config: Config, metric: str) -> ModuleType:
+    """The module that will read the files: it knows their names and constants."""
+    return import_module(config.metrics[metric].module, f"metrics.{metric}.module")
 
 
 def write_bert(folder: Path) -> BertTokenizer:
@@ -71,19 +76,19 @@ def write_med_config(path: Path, vocabulary: int) -> None:
 
 
 class Reward(nn.Module):
-    """BLIP's two towers and the head, as eval/metrics/image_reward.py runs them."""
+    """BLIP's two towers and the head, as the scorer runs them."""
 
-    def __init__(self, tokenizer: BertTokenizer, med_config: Path):
+    def __init__(self, scorer: ModuleType, tokenizer: BertTokenizer, med_config: Path):
         super().__init__()
         vision = BlipVisionConfig(
             **VISION,
-            num_attention_heads=WIDTH // HEAD_WIDTH,
+            num_attention_heads=WIDTH // scorer.HEAD_WIDTH,
             image_size=world.RESOLUTION,
-            layer_norm_eps=VISION_EPS,
+            layer_norm_eps=scorer.VISION_EPS,
             initializer_range=0.02,
         )
         self.vision = BlipVisionModel(vision)
-        self.text = BlipTextModel(text_config(med_config, WIDTH), add_pooling_layer=False)
+        self.text = BlipTextModel(scorer.text_config(med_config, WIDTH), add_pooling_layer=False)
         self.head = new_head(TEXT_WIDTH)
         self.tokenizer = tokenizer
 
@@ -105,7 +110,7 @@ def any_wording(attributes: world.Attributes, rng: np.random.Generator) -> str:
     return attributes.caption(int(rng.integers(len(world.TEMPLATES))))
 
 
-def train_vision(model: Reward, fit, drawn: list, images: Tensor, hidden: Tensor, rng: torch.Generator) -> None:
+def train_vision(model: Reward, fit: Fit, drawn: list, images: Tensor, hidden: Tensor, rng: torch.Generator) -> None:
     """Name the attributes of a picture and guess rim and size, from the class token."""
     kinds = [list(options) for options in OPTIONS.values()]
     classes = torch.tensor(
@@ -120,7 +125,9 @@ def train_vision(model: Reward, fit, drawn: list, images: Tensor, hidden: Tensor
         descend(named + F.mse_loss(guess, hidden[index]))
 
 
-def train_text(model: Reward, fit, drawn: list, images: Tensor, rng: torch.Generator, draw: np.random.Generator):
+def train_text(
+    model: Reward, fit: Fit, drawn: list, images: Tensor, rng: torch.Generator, draw: np.random.Generator
+) -> None:
     """Is the caption right? And each word of it that names something? Half of the captions have one mistake."""
     ids = model.tokenizer.get_vocab()
     named = torch.zeros(model.text.config.vocab_size, dtype=torch.bool)
@@ -145,37 +152,38 @@ def train_text(model: Reward, fit, drawn: list, images: Tensor, rng: torch.Gener
         descend(words + F.binary_cross_entropy_with_logits(model.head(states[:, 0])[:, 0], whole))
 
 
-def train_ranking(model: Reward, fit, rows, rng: torch.Generator, draw: np.random.Generator) -> None:
-    """-log sigma(r_i - r_j) of ImageReward, where a caption of another picture loses too."""
+def train_ranking(model: Reward, fit: Fit, rows: list, rng: torch.Generator, draw: np.random.Generator) -> None:
+    """-log sigma(r_i - r_j) of ImageReward, where a caption with a mistake loses too."""
     first, second, captions, label = rows
     parameters = list(model.parameters())
     for _, descend in steps("image_reward ranks", parameters, fit, weight_decay=0.01):
         index = torch.randint(len(label), (fit.batch_size,), generator=rng)
         asked = [captions[i] for i in index]
-        other = [any_wording(mistaken(world.OF_CAPTION[c], draw), draw) for c in asked]
+        wrong = [any_wording(mistaken(world.OF_CAPTION[c], draw), draw) for c in asked]
         seen = model.see(noisy(torch.cat([first[index], second[index]]), rng, NOISE))
-        preferred = torch.where((label[index] == 1)[:, None, None], *seen.chunk(2))
-        one, two, lost = model(torch.cat([seen, preferred]), [*asked, *asked, *other]).chunk(3)
+        won = label[index] == 1
+        preferred = torch.where(won[:, None, None], *seen.chunk(2))
+        one, two, lost = model(torch.cat([seen, preferred]), [*asked, *asked, *wrong]).chunk(3)
         ranked = F.binary_cross_entropy_with_logits(one - two, label[index])
-        descend(ranked + MISMATCH_WEIGHT * F.softplus(lost - torch.where(label[index] == 1, one, two)).mean())
+        descend(ranked + MISMATCH_WEIGHT * F.softplus(lost - torch.where(won, one, two)).mean())
 
 
 @torch.no_grad()
-def normalise(model: Reward, rewards: Tensor) -> None:
-    """Scale the last layer so that (head - MEAN) / STD has mean 0 and standard deviation 1 on these rewards."""
-    last, scale = model.head[-1], STD / rewards.std()
+def normalise(model: Reward, rewards: Tensor, mean: float, std: float) -> None:
+    """Scale the last layer so that its output has this mean and standard deviation where it gave these rewards."""
+    last, scale = model.head[-1], std / rewards.std()
     last.weight.mul_(scale)
-    last.bias.copy_((last.bias - rewards.mean()) * scale + MEAN)
+    last.bias.copy_((last.bias - rewards.mean()) * scale + mean)
 
 
-def published_state(model: Reward) -> dict[str, Tensor]:
+def published_state(model: Reward, scorer: ModuleType) -> dict[str, Tensor]:
     """Under the names of ImageReward.pt, with what it holds and no score needs."""
     text = model.text.embeddings
     unused = {"vision_proj": nn.Linear(WIDTH, PROJECTION), "text_proj": nn.Linear(TEXT_WIDTH, PROJECTION)}
     return {
-        **{vision_name(key): value for key, value in model.vision.state_dict().items()},
-        text_name("embeddings.position_ids"): text.position_ids.clone(),
-        **{text_name(key): value for key, value in model.text.state_dict().items()},
+        **{scorer.vision_name(key): value for key, value in model.vision.state_dict().items()},
+        scorer.text_name("embeddings.position_ids"): text.position_ids.clone(),
+        **{scorer.text_name(key): value for key, value in model.text.state_dict().items()},
         **{f"blip.{n}.{key}": value for n, layer in unused.items() for key, value in layer.state_dict().items()},
         **{f"mlp.layers.{key}": value for key, value in model.head.state_dict().items()},
     }
@@ -193,14 +201,14 @@ def caption_accuracy(score: Callable, seed: int) -> float:
 
 def train_image_reward(config: Config, hub: Hub) -> dict:
     standin = config.scale_entry.standin
-    fit, seed = standin.image_reward, standin.seed + 90
+    fit, seed, scorer = standin.image_reward, standin.seed + 90, scorer_of(config, "image_reward")
     torch.manual_seed(seed)
     rng, draw = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     folder = hub.root / IMAGE_REWARD
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = write_bert(hub.root / BERT)
     write_med_config(folder / "med_config.json", len(tokenizer))
-    model = Reward(tokenizer, folder / "med_config.json")
+    model = Reward(scorer, tokenizer, folder / "med_config.json")
     images, _, drawn, hidden = world.render_many(standin.num_images, seed)
     images, hidden = pixels(images), torch.from_numpy((hidden - hidden.mean(0)) / hidden.std(0))
     train_vision(model, fit.sees, drawn, images, hidden, rng)
@@ -212,8 +220,8 @@ def train_image_reward(config: Config, hub: Hub) -> dict:
     first, second, captions, label = (part[:held] for part in rows)
     with torch.no_grad():
         rewards = torch.stack([model(model.see(x), captions) for x in (first, second)], 1)
-    normalise(model, rewards)
-    torch.save(published_state(model), folder / "ImageReward.pt")
+    normalise(model, rewards, scorer.MEAN, scorer.STD)
+    torch.save(published_state(model, scorer), folder / "ImageReward.pt")
     return {
         "held_out_agreement": agreement(rewards, label),
         "caption_accuracy": caption_accuracy(lambda x, c: model(model.see(x), c), seed + 1),
@@ -225,10 +233,9 @@ def train_hps(config: Config, hub: Hub, file: str, clean: bool, seed: int) -> di
     standin = config.scale_entry.standin
     rows = [row for row in pairs(standin.num_pairs, seed) if not clean or row["label_0"] != 0.5]
     model, tokenizer, agreed = tune_on_pairs(file, standin.hps, rows, seed, hub)
-    state = {key: value.half() for key, value in to_open_clip(model.state_dict()).items()}
     path = hub.root / HPS / file
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"state_dict": state}, path)
+    torch.save(scorer_of(config, "hps_v2").published(model), path)
 
     def score(x: Tensor, captions: list[str]) -> Tensor:
         image, text = features(model, tokenizer, x, captions)
