@@ -45,6 +45,7 @@ from pso.provenance import Meter, UserError, atomic, record
 
 log = logging.getLogger("score")
 TODO = "make or fetch it again, or take it out of the pictures and of the prompts"
+DOWNLOAD = "hf download REPOSITORY --local-dir HUB/REPOSITORY"
 ENCODED = ("png", "image")  # columns that may hold pictures
 PROMPT = ("prompt", "text", "caption")
 LINE = '{"file_name": "0001.png", "prompt": "a red circle"}'

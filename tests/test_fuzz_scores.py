@@ -6,7 +6,9 @@ Seeded, so every run sees the same files. Each is flipped, cut, spliced or overw
 import io
 import json
 import resource
+import struct
 import time
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -24,7 +26,7 @@ from eval.score_folder import open_pictures, with_prompts
 from pso.provenance import UserError, sha256_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")  # of damaged EXIF and frames, which nothing here reads
-SECONDS, MEGABYTES = 5.0, 600  # for one input; by how much the process may grow over all of them
+SECONDS, MEGABYTES = 5.0, 600  # of CPU time for one input; by how much the process may grow over all of them
 TEXTS = ["a red circle", "", "“curly” & <b>", "日本語 ☃", '"G I G G L E" painted', "long " * 90]
 
 
@@ -58,6 +60,17 @@ def damaged(rng: np.random.Generator, data: bytes, other: bytes) -> bytes:
     return bytes(found)
 
 
+def resigned(data: bytes) -> bytes:
+    """A PNG with the checksum of every chunk put right, so that damage reaches the decoder behind it."""
+    found, at = bytearray(data[:8]), 8
+    while at + 12 <= len(data):
+        (length,) = struct.unpack(">I", data[at : at + 4])
+        body = data[at + 4 : at + 8 + length]
+        found += data[at : at + 4] + body + struct.pack(">I", zlib.crc32(body))
+        at += 12 + length
+    return bytes(found)
+
+
 def pictures() -> list[bytes]:
     kinds = [("PNG", mode) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")]
     kinds += [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("WEBP", "RGB"), ("WEBP", "RGBA")]
@@ -81,7 +94,7 @@ class Mean:
 
 def outcome(work) -> str:
     """`ok` or `refused`; anything but a UserError of one line fails, as does what takes too long."""
-    began = time.monotonic()
+    began = time.process_time()
     try:
         work()
         found = "ok"
@@ -89,14 +102,16 @@ def outcome(work) -> str:
         text = str(error)
         assert "\n" not in text and len(text) < 2000 and text.endswith("."), text
         found = "refused"
-    assert time.monotonic() - began < SECONDS
+    assert time.process_time() - began < SECONDS
     return found
 
 
 def test_pictures():
-    """5000 damaged ones and 3000 strings of random bytes, some behind the first bytes of a real format."""
+    """5000 damaged ones, PNGs also with their checksums put right, and 3000 strings of random bytes, most behind the
+    first bytes of a real file."""
     rng, valid, seen = np.random.default_rng(0), pictures(), Counter()
     inputs = [damaged(rng, valid[i % len(valid)], valid[int(rng.integers(len(valid)))]) for i in range(5000)]
+    inputs = [resigned(one) if one[:4] == b"\x89PNG" and i % 3 else one for i, one in enumerate(inputs)]
     heads = [b"", *(one[:n] for one in valid for n in (4, 12, 40))]
     inputs += [heads[i % len(heads)] + rng.bytes(int(rng.integers(0, 300))) for i in range(3000)]
 
