@@ -41,7 +41,7 @@ def scores(task: dict, images: list) -> dict:
     for key, case in task["cases"].items():
         files = {name: Path(path) for name, path in case["files"].items()}
         scorer = getattr(official, case["load"]).load(files, "cpu", **case["settings"])
-        more = [others(images)] if hasattr(scorer, "compared_with") else []
+        more = [others(images)] if getattr(scorer, "compared_with", None) else []
         found[key] = {"scores": scorer.score(images, task["prompts"], *more).tolist(), "spec": scorer.spec}
     return found
 

@@ -129,7 +129,7 @@ def compare_scores(found: dict, folder: Path, hub: Path, size: str) -> list[dict
     for key, theirs in found.items():
         name, entry = entry_of(key)
         scorer = load_metric(name, entry, Hub(hub), torch.device("cpu"))
-        more = [others(images)] if hasattr(scorer, "compared_with") else []
+        more = [others(images)] if getattr(scorer, "compared_with", None) else []
         ours = scorer.score(images, prompts, *more).double()
         scores = torch.tensor(theirs["scores"], dtype=torch.float64)
         difference = (ours - scores).abs()

@@ -57,7 +57,7 @@ def loaded(hub, key: str, **settings):
 def error(scorer, key: str, pictures) -> float:
     """max |official - ours|."""
     _, images, prompts = pictures
-    more = [others(images)] if hasattr(scorer, "compared_with") else []
+    more = [others(images)] if getattr(scorer, "compared_with", None) else []
     return (scorer.score(images, prompts, *more) - torch.tensor(GOLDEN["scores"][key])).abs().max().item()
 
 
@@ -227,7 +227,8 @@ def test_rows_of_the_two_implementations_are_never_taken_for_each_other(hub, mon
     """An official scorer's spec names its packages, its code and that it is official."""
     from eval import official, official_packages
 
-    fake = SimpleNamespace(spec=official_packages.spec("cosine", ("torch",), [], transform="clip_pil224"))
+    spec = official_packages.spec("cosine", ("torch",), [], transform="clip_pil224")
+    fake = SimpleNamespace(spec=spec, score=lambda images, prompts: None)
     monkeypatch.setattr(official, "pick_score", SimpleNamespace(load=lambda files, device: fake))
     name, entry = entry_of("pick_score")
     theirs = load_metric(name, entry.model_copy(update={"implementation": "official"}), Hub(hub), "cpu").spec
