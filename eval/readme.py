@@ -3,7 +3,8 @@
     make readme
 
 Between `<!-- results:begin -->` and its end: the miniature's tables, each with its paragraph, and what became of the
-claims. Between `<!-- cost:begin -->` and its end: the stages of results/miniature/cost.md. No torch.
+claims. Between `<!-- cost:begin -->` and its end: the stages of results/miniature/cost.md. Between
+`<!-- scorers:begin -->` and its end: our scorers against the official ones, from results/verify_scorers.json. No torch.
 """
 
 import json
@@ -21,7 +22,16 @@ from pso.paths import RESULTS, scale_dir
 from pso.provenance import ROOT, UserError, atomic, sentences
 
 SCALE = "miniature"
-PREFERENCE = ("pick_score", "clip_score", "aesthetic_score", "oracle_accuracy", "sharpness", "texture")
+PREFERENCE = (
+    "pick_score",
+    "clip_score",
+    "image_reward",
+    "aesthetic_score",
+    "hps_v21",
+    "oracle_accuracy",
+    "sharpness",
+    "texture",
+)
 SHOWN = {"table1": PREFERENCE, "table2": PREFERENCE, "table3": ("clip_t", "dino", "clip_i"), "table4": PREFERENCE}
 FIGURE_1B = "Naive"  # extra rows shown beside the paper's: the vanilla loss on a distilled model
 
@@ -58,10 +68,21 @@ def claims_block(claims: list[dict]) -> str:
     return "\n\n".join([*parts, f"{missing} of the inconclusive ones could not be measured."])
 
 
+def scorers_block(found: dict) -> str:
+    """Largest difference of every scorer from the official code."""
+    frame = pd.DataFrame(found["scorers"])
+    frame["official code"] = [", ".join(f"{name} {version}" for name, version in p.items()) for p in frame["packages"]]
+    frame["max difference"] = [f"{value:.1e}" if value else "0" for value in frame["max_abs_diff"]]
+    shown = ["scorer", "size", "transform", "pictures", "max difference", "official code"]
+    return frame[shown].rename(columns={"size": "network"}).to_markdown(index=False, disable_numparse=True)
+
+
 def blocks(config: Config, base: Path) -> dict[str, str]:
     results = [table_block(config, base, name) for name in SHOWN]
     results.append(claims_block(json.loads((base / "claims.json").read_text())))
-    return {"results": "\n\n".join(results), "cost": (base / "cost.md").read_text().split("\n\n")[0]}
+    scorers = json.loads((base.parent / "verify_scorers.json").read_text())
+    cost = (base / "cost.md").read_text().split("\n\n")[0]
+    return {"results": "\n\n".join(results), "cost": cost, "scorers": scorers_block(scorers)}
 
 
 def fill(text: str, contents: dict[str, str]) -> str:

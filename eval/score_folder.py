@@ -34,6 +34,7 @@ from eval.pictures import (
     said,
 )
 from eval.scoring import METADATA_KEY, Progress, default_device, score_pictures
+from eval.verify_real import published
 from pso.checks import known
 from pso.data import read_text
 from pso.dreambooth import IMAGE_SUFFIXES
@@ -237,17 +238,18 @@ def run(config: Config, args: argparse.Namespace) -> None:
     pictures = with_prompts(found, args.prompts or (beside if beside.is_file() else None))
     untuned = None if args.untuned is None else _same_names(open_pictures(args.untuned), pictures, args.untuned)
     real = None if args.pictures is None else _real(args.pictures)
-    hub = (
-        Hub(hub_dir(config.scale, args.results)) if args.hub is None else Hub(args.hub, f"hf download, to {args.hub},")
-    )
-    scorers = {name: load_metric(name, config.metrics[name], hub, default_device()) for name in names}
+    if args.hub is None:
+        hub, entries = Hub(hub_dir(config.scale, args.results)), config.metrics
+    else:  # the published files, with their hashes
+        hub, entries = Hub(args.hub, f"hf download, to {args.hub},"), published("metrics")
+    scorers = {name: load_metric(name, entries[name], hub, default_device()) for name in names}
     tally, frame = Tally(), pictures.frame
     prompts = frame["prompt"].tolist()
     scores = score_pictures(pictures, prompts, scorers, prompt_ids=frame["prompt_id"].tolist(), untuned=untuned,
                             real=real, names=pictures.names, tally=tally, progress=Progress(log.info))  # fmt: skip
     seen = tally.told() | {"eval_sets": {args.images.name: prompts_told(prompts, scorers)}}
     meter.counts = {"images": len(frame), "metrics": len(scorers)}
-    settings = {"scale": config.scale, "metrics": {name: config.metrics[name].model_dump() for name in names}}
+    settings = {"scale": config.scale, "metrics": {name: entries[name].model_dump() for name in names}}
     specs = {name: scorer.spec for name, scorer in scorers.items()}
     about = record("score", settings, hub.inputs(), meter, specs=specs, seen=seen)
     table = pa.Table.from_pandas(pd.concat([frame, scores], axis=1), preserve_index=False)

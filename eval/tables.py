@@ -35,6 +35,7 @@ LATEX_SPECIAL = str.maketrans(
     {c: rf"\{c}" for c in "&%$#_{}"}
     | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
 )
+PAGE_COLUMNS = 5  # metrics of a LaTeX table that fit a page's width
 PAGE_LINES = 40  # rows of a LaTeX table that fit a page beside its caption
 LATEX_SIGNS = {DASH: "--", EXTRA: r"$\dagger$", TRAINED_ON: r"$\ddagger$"}
 
@@ -224,8 +225,9 @@ def to_latex(config: Config, name: str, frame: pd.DataFrame) -> str:
     """Table environments of at most a page each; the document needs booktabs and nothing else."""
     table = table_entry(config, name)
     panels = [(table.metrics, frame)]
-    if table.extra_metrics:  # a float of its own: all columns side by side are wider than a page
-        panels.append((table.extra_metrics, frame[frame["status"] == ""]))
+    # floats of their own: all columns side by side are wider than a page
+    starts = range(0, len(table.extra_metrics), PAGE_COLUMNS)
+    panels += [(table.extra_metrics[i : i + PAGE_COLUMNS], frame[frame["status"] == ""]) for i in starts]
     bodies = [_tabular(config, name, part, metrics) for metrics, lines in panels for part in _pages(lines)]
     caption = escape_latex(" ".join([table.caption, *notes(config, table, frame)]))
     heads = [f"\\caption{{{caption}}}\n\\label{{{table.label}}}"]

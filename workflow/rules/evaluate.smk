@@ -45,7 +45,7 @@ rule score:
             name: scorer_settings(name) for name in metrics(CONFIG, w.task)
         },
         code=lambda w: fingerprint(
-            "eval.score", *(CONFIG.metrics[m].module for m in metrics(CONFIG, w.task))
+            "eval.score", *(CONFIG.metrics[m].loader for m in metrics(CONFIG, w.task))
         ),
     shell:
         "python -m eval.score --model {wildcards.model} --task {wildcards.task} 2>&1 | tee {log}"
