@@ -271,6 +271,7 @@ def committed(folder: Path, *names: str) -> None:
 def test_the_readmes_numbers_are_those_of_the_committed_results(tmp_path):
     tables = [f"tables/{name}.{kind}" for name in readme.SHOWN for kind in ("csv", "diff.json")]
     committed(tmp_path, *(f"results/miniature/{name}" for name in (*tables, "claims.json", "cost.md")))
+    committed(tmp_path, "results/verify_scorers.json")
     contents = readme.blocks(load(), tmp_path / "results" / "miniature")
     assert all(len(content) > 100 for content in contents.values())
     assert text_of("README.md") == readme.fill(text_of("README.md"), contents)
