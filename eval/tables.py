@@ -122,11 +122,18 @@ def block(config: Config, name: str, lines: pd.DataFrame, metrics: list[str]) ->
         marks = [_reward(config, method) == metric for method in lines["method"]]
         cells[metric] = [t + TRAINED_ON if mark and t != DASH else t for t, mark in zip(texts, marks, strict=True)]
         values = pd.to_numeric(pd.Series(texts), errors="coerce")  # as printed, so that equal text is a tie
-        upwards = metric not in config.metrics or config.metrics[metric].higher_is_better
-        best[metric] = values == (values.max() if upwards else values.min())
+        best[metric] = values == best_of(config, metric, values)
     if lines["status"].any():
         cells["Note"], best["Note"] = lines["status"].to_list(), False
     return cells, best
+
+
+def best_of(config: Config, metric: str, values: pd.Series) -> float:
+    """The best value of a column; NaN, which equals nothing, where it only tells how far from the untuned model."""
+    entry = config.metrics.get(metric)
+    if entry is not None and entry.compared_with == "untuned":
+        return math.nan
+    return values.max() if entry is None or entry.higher_is_better else values.min()
 
 
 def titles(config: Config, table: TableEntry, columns: list[str]) -> list[str]:

@@ -82,6 +82,14 @@ def test_best_is_as_printed_and_follows_the_direction(tmp_path):
         assert [line[0] for line in lines if "**" in line[5]] == [f"† {NAIVE.label}"]  # lower is better
 
 
+@pytest.mark.parametrize("compared_with", ["untuned", "siblings"])
+def test_nothing_is_best_of_a_column_that_tells_how_far_from_the_untuned_model(tmp_path, compared_with):
+    cfg = config(metrics={**config().metrics, "sharpness": metric("Drift", decimals=3, compared_with=compared_with)})
+    text = to_markdown(cfg, "table1", build(cfg, write_tree(cfg, tmp_path), "table1"))
+    for _, *lines in blocks(text):
+        assert any("**" in line[5] for line in lines) == (compared_with == "siblings")
+
+
 @pytest.mark.parametrize(("name", "places"), [("table1", 2), ("table4", 4), ("validation", 3)])
 def test_decimals_are_the_papers_for_each_table(tmp_path, name, places):
     metrics = {**config().metrics, "pick_score": metric("PickScore", decimals=3, scale=100.0)}
