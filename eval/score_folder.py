@@ -241,7 +241,7 @@ def run(config: Config, args: argparse.Namespace) -> None:
     if args.hub is None:
         hub, entries = Hub(hub_dir(config.scale, args.results)), config.metrics
     else:  # the published files, with their hashes
-        hub, entries = Hub(args.hub, f"hf download, to {args.hub},"), published("metrics")
+        hub, entries = Hub(args.hub, f"hf download, to {args.hub},"), published("metrics", args.set, args.config_dir)
     scorers = {name: load_metric(name, entries[name], hub, default_device()) for name in names}
     tally, frame = Tally(), pictures.frame
     prompts = frame["prompt"].tolist()

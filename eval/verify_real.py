@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from eval import affine, state_dicts
-from pso.config import CONFIG_DIR, ENTRIES, check
+from pso.config import CONFIG_DIR, ENTRIES, check, merged
 from pso.entries import MetricEntry
 from pso.hub import Hub
 from pso.models import BROKEN, load_metric, metric_files
@@ -33,10 +33,10 @@ LOGIT_SCALE = 100.0  # where CLIP clamps it; PickScore's training does not, so o
 DEVICE = torch.device("cpu")
 
 
-def published(kind: str) -> dict:
-    """Entries of metrics.yaml or datasets.yaml as they stand there: the published files, of no scale's."""
-    path = CONFIG_DIR / f"{kind}.yaml"
-    return {name: check(ENTRIES[kind], entry, name) for name, entry in yaml.safe_load(path.read_text()).items()}
+def published(kind: str, overrides: dict | None = None, folder: Path = CONFIG_DIR) -> dict:
+    """Entries of metrics.yaml or datasets.yaml with a user's overrides, for the published files: no scale's."""
+    entries = merged(yaml.safe_load((folder / f"{kind}.yaml").read_text()), (overrides or {}).get(kind, {}))
+    return {name: check(ENTRIES[kind], entry, f"{kind}.{name}") for name, entry in entries.items()}
 
 
 @dataclass(frozen=True)

@@ -237,3 +237,11 @@ def test_a_head_with_the_published_numbers_is_right(tmp_path, capsys):
 def test_a_folder_that_is_none_is_a_sentence(tmp_path):
     with pytest.raises(UserError, match=r"--real is .*nowhere, which is no folder"):
         verify_real.check_real(tmp_path / "nowhere", None)
+
+
+def test_published_entries_are_of_no_scale_and_take_the_users_overrides():
+    head = {"head": {"sha256": None}}
+    given = published("metrics", {"scale": "miniature", "metrics": {"aesthetic_score": head | {"decimals": 1}}})
+    assert given["aesthetic_score"].decimals == 1 and given["aesthetic_score"].head.sha256 is None
+    assert published("metrics")["aesthetic_score"].head.sha256.startswith("21dd590f")
+    assert load({"scale": "miniature"}).metrics["aesthetic_score"].head.sha256 is None, "a stand-in has another hash"
