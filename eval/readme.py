@@ -64,8 +64,9 @@ def claims_block(claims: list[dict]) -> str:
         texts = [c["text"] for c in claims if c["verdict"] == verdict and not c["reason"]]
         if texts:
             parts.append(f"Measured and {verdict}:\n\n" + "\n".join(f"- {text}" for text in texts))
-    missing = sum(bool(c["reason"]) for c in claims)
-    return "\n\n".join([*parts, f"{missing} of the inconclusive ones could not be measured."])
+    if missing := sum(bool(c["reason"]) for c in claims):
+        parts.append(f"{missing} of the inconclusive ones could not be measured.")
+    return "\n\n".join(parts)
 
 
 def scorers_block(found: dict) -> str:
