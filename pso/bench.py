@@ -1,4 +1,4 @@
-"""Speed, measured and written to results/benchmarks/: python -m pso.bench score [options].
+"""Speed and work, written to results/benchmarks/: python -m pso.bench score|count [options].
 
 A benchmark is a module with add_arguments(parser) and run(args), found by its dotted path as methods are: this package
 imports neither eval nor baselines.
@@ -13,7 +13,7 @@ from pathlib import Path
 from pso.paths import RESULTS
 from pso.provenance import sentences
 
-BENCHMARKS = {"score": "eval.bench_score"}
+BENCHMARKS = {"score": "eval.bench_score", "count": "pso.bench_count"}
 
 
 def main(arguments: list[str] | None = None) -> None:
