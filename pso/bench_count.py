@@ -80,18 +80,21 @@ def run(args: argparse.Namespace) -> None:
 
 
 def text(told: dict) -> str:
-    work = pd.DataFrame([(name, f"{value / 1e12:.4f}") for name, value in told["flops"].items()])
-    size = pd.DataFrame([(name, f"{value:,}") for name, value in told["parameters"].items()])
+    work = [(name, f"{value / 1e12:.4f}") for name, value in told["flops"].items()]
+    size = [(name, f"{value:,}") for name, value in told["parameters"].items()]
     parts = [
         "# Work of the published networks",
         "FLOPs of one sample, 2 for a multiply-add, counted by torch on networks without weights; of linear layers, "
         "convolutions and attention's products, whose backward pass forms the scores once more. A visit is one picture "
         "at one time in an update: theta forward and backward, pre forward.",
-        work.to_markdown(index=False, headers=["work", "TFLOP"], disable_numparse=True, colalign=("left", "right")),
-        size.to_markdown(
-            index=False, headers=["network", "parameters"], disable_numparse=True, colalign=("left", "right")
-        ),
+        _table(work, ["work", "TFLOP"]),
+        _table(size, ["network", "parameters"]),
         f"`{told['command']}`; torch {told['versions']['torch']}, diffusers {told['versions']['diffusers']}, "
         f"transformers {told['versions']['transformers']}.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _table(rows: list[tuple[str, str]], columns: list[str]) -> str:
+    frame = pd.DataFrame(rows, columns=columns)
+    return frame.to_markdown(index=False, disable_numparse=True, colalign=("left", "right"))

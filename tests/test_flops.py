@@ -10,6 +10,7 @@ from pso import architectures, bench_count, flops
 from pso.provenance import ROOT
 
 TERA = 1e12
+UNITS = (("visit", ""), ("picture", ", 4 steps"), ("picture", ", 1 step"))
 
 
 def near(expected: float):
