@@ -1,6 +1,7 @@
 """A CLIPModel as a scorer: cosine of picture and caption, float32, text features kept per prompt."""
 
 import html
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
-from eval.transforms import pixels, shared
+from eval.transforms import PRESETS, pixels, shared
 
-_loaded: WeakValueDictionary = WeakValueDictionary()  # (folder, device) -> model, while a scorer holds it
+CLIP_PRESETS = [name for name in PRESETS if name != "dino_256_224"]
+_loaded: WeakValueDictionary = WeakValueDictionary()  # files as they are, device -> model, while a scorer holds it
 
 
 def load_clip(folder: Path, activation: str, device) -> CLIPModel:
@@ -24,10 +26,10 @@ def load_clip(folder: Path, activation: str, device) -> CLIPModel:
     activation: what it was trained with, "gelu" or "quick_gelu". A config that says otherwise loads without a word
     and moves scores by more than any tuning does; a missing weight would be drawn at random.
     """
-    key = (str(Path(folder).resolve()), str(device))
+    key = (*files_as_they_are(folder), str(device))
     if key not in _loaded:
         model, info = CLIPModel.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True, use_safetensors=True
         )
         missing = sorted(info["missing_keys"])
         unknown = sorted(k for k in info["unexpected_keys"] if not k.endswith("position_ids"))  # of old files
@@ -43,6 +45,29 @@ def load_clip(folder: Path, activation: str, device) -> CLIPModel:
     return model
 
 
+def files_as_they_are(folder: Path) -> tuple:
+    """Names, sizes and times of a folder's files: another checkpoint under the same path is another one."""
+    files = sorted(path for path in Path(folder).resolve().iterdir() if path.is_file())
+    return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+
+
+def load_tokenizer(folder: Path, vocabulary: int) -> CLIPTokenizer:
+    """CLIP's tokenizer with all of its words and all of its merges. Without a file it loads silently as one of two
+    words, and with a list of merges that was cut it spells words out."""
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    except Exception as error:  # the tokenizers library has no class of its own for a bad file
+        raise ValueError(f"tokenizer in {folder} cannot be read: {error}") from error
+    if len(tokenizer) != vocabulary:
+        raise ValueError(f"tokenizer in {folder} has {len(tokenizer)} tokens; expected {vocabulary}")
+    made = {"".join(pair if isinstance(pair, list) else pair.split(" ")) for pair in merges}
+    whole = {token for token in tokenizer.get_vocab() if len(token.removesuffix("</w>")) > 1}
+    if lost := whole - made - set(tokenizer.all_special_tokens):
+        raise ValueError(f"tokenizer in {folder} has no merges for {len(lost)} of its {vocabulary} tokens")
+    return tokenizer
+
+
 def as_open_clip(prompt: str) -> str:
     """What open_clip's tokenizer does to a text before it cuts it into tokens; transformers' does less of it."""
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip().lower()
@@ -53,10 +78,9 @@ class ClipScorer:
 
     def __init__(self, model: CLIPModel, tokenizer: Path, transform: str, spec: dict, clean: Callable = str):
         self.model, self.device, self.transform, self.clean = model, model.device, transform, clean
-        self.tokenizer = CLIPTokenizer.from_pretrained(tokenizer, local_files_only=True)
-        vocabulary = model.config.text_config.vocab_size
-        if len(self.tokenizer) != vocabulary:  # a missing file loads silently as a tokenizer of two words
-            raise ValueError(f"tokenizer in {tokenizer} has {len(self.tokenizer)} tokens; expected {vocabulary}")
+        if transform not in CLIP_PRESETS:
+            raise ValueError(f"settings.transform is {transform!r}; expected one of {', '.join(CLIP_PRESETS)}")
+        self.tokenizer = load_tokenizer(tokenizer, model.config.text_config.vocab_size)
         self.size = model.config.vision_config.image_size
         self.window = model.config.text_config.max_position_embeddings
         scale = round(model.logit_scale.exp().item(), 4)

@@ -94,7 +94,9 @@ class Pictures(Sequence):
 
     def at(self, rows: list[int], frame: pd.DataFrame) -> "Pictures":
         """Those rows in that order, described by another frame."""
-        return Pictures(frame, lambda row: self.read(rows[row]), self.todo)
+        found = Pictures(frame, lambda row: self.read(rows[row]), self.todo)
+        found.names = [self.names[row] for row in rows]  # sentences name the picture that is at fault
+        return found
 
 
 class Tally:
@@ -184,6 +186,8 @@ def read_columns(path: Path, columns: list[str], todo: str) -> dict[str, list]:
     with open_parquet(path, todo) as file:
         try:
             there = file.schema_arrow.names
+            if twice := [column for column in columns if there.count(column) > 1]:
+                raise UserError(f"{path} has the column {twice[0]} more than once; {todo}.")
             if absent := [column for column in columns if column not in there]:
                 raise UserError(f"{path} has no column {', '.join(absent)}, only {', '.join(there) or 'none'}; {todo}.")
             table = file.read(columns=columns, use_threads=False)
@@ -202,6 +206,8 @@ class EncodedRows:
         self.groups, self.firsts, total = [], [], 0
         for path in paths:
             with open_parquet(path, todo) as file:
+                if (number := file.schema_arrow.names.count(column)) != 1:
+                    raise UserError(f"{path} has {number or 'no'} columns {column}; {todo}.")
                 for group in range(file.num_row_groups):
                     self.groups.append((path, group))
                     self.firsts.append(total)

@@ -8,7 +8,7 @@ description in the schema metadata. scores.json, written last, records the job.
 
 Of anyone's pictures (eval/score_folder.py):
 
-    python -m eval.score --images DIR --prompts FILE --metrics pick_score,clip_score --out scores.parquet
+    python -m eval.score --images DIR --prompts FILE --metrics pick_score,clip_score --hub WEIGHTS --out scores.parquet
 
 And from Python: score_pictures(pictures, prompts, scorers).
 """
@@ -60,10 +60,12 @@ def write_scores(path: Path, frame: pd.DataFrame, scores: pd.Series, about: dict
 def is_current(path: Path, about: dict) -> bool:
     """Whether a file is there, whole, and of this scorer and these images."""
     try:
-        metadata = pq.read_schema(path).metadata or {}
-    except (OSError, pa.ArrowInvalid):
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            whole = file.read()
+        told = json.loads((whole.schema.metadata or {}).get(METADATA_KEY, b"{}"))
+    except (OSError, ValueError, pa.ArrowException):
         return False
-    return json.loads(metadata.get(METADATA_KEY, b"{}")) == json.loads(json.dumps(about))
+    return told == json.loads(json.dumps(about))
 
 
 class Scoring:
@@ -182,6 +184,10 @@ def main() -> None:
         if (args.model is None) == (args.images is None):
             given = "neither --model nor --images is" if args.model is None else "--model and --images are both"
             raise UserError(f"{given} given; expected --model for its images in --results, or --images for your own.")
+        theirs = ("prompts", "metrics", "out", "hub", "untuned", "pictures") if args.images is None else ("task",)
+        if foreign := [f"--{option}" for option in theirs if getattr(args, option) is not None]:
+            mode = "--model" if args.images is None else "--images"
+            raise UserError(f"{', '.join(foreign)} given with {mode}, which takes no such option; leave it out.")
         config = from_arguments(args)
         if args.images is not None:
             score_folder.run(config, args)

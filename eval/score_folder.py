@@ -1,6 +1,6 @@
 """Scores of anyone's pictures: a folder or a parquet file and their prompts in, one parquet out.
 
-    python -m eval.score --images DIR_OR_PARQUET --prompts FILE --metrics pick_score,clip_score --out scores.parquet
+    python -m eval.score --images DIR_OR_PARQUET --prompts FILE --metrics pick_score,clip_score --hub WEIGHTS
 
 A folder holds PNG, JPEG or WebP files, found at any depth; a parquet file (or a folder of them, as results/ has) a
 column `png` or `image` with bytes or with {bytes, path}, as `datasets` writes it. Prompts are a .txt (a line each, in
@@ -14,6 +14,8 @@ import csv
 import io
 import json
 import logging
+import re
+import tempfile
 from pathlib import Path
 
 import pandas as pd
@@ -46,7 +48,8 @@ from pso.provenance import Meter, UserError, atomic, record
 
 log = logging.getLogger("score")
 TODO = "make or fetch it again, or take it out of the pictures and of the prompts"
-DOWNLOAD = "hf download REPOSITORY --local-dir HUB/REPOSITORY"
+DOWNLOAD = "hf download REPOSITORY --local-dir FOLDER/REPOSITORY"
+METRICS, OUT = "pick_score,clip_score", Path("scores.parquet")
 ENCODED = ("png", "image")  # columns that may hold pictures
 PROMPT = ("prompt", "text", "caption")
 LINE = '{"file_name": "0001.png", "prompt": "a red circle"}'
@@ -55,8 +58,8 @@ LINE = '{"file_name": "0001.png", "prompt": "a red circle"}'
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, help="score these: a folder of pictures, or a parquet file")
     parser.add_argument("--prompts", type=Path, help="their prompts: .txt, .json, .jsonl, .csv or .tsv")
-    parser.add_argument("--metrics", default="pick_score,clip_score", help="names of metrics.yaml, with commas")
-    parser.add_argument("--out", type=Path, default=Path("scores.parquet"))
+    parser.add_argument("--metrics", help=f"names of metrics.yaml, with commas; default: {METRICS}")
+    parser.add_argument("--out", type=Path, help=f"default: {OUT}")
     parser.add_argument("--hub", type=Path, help="folder with repositories by id; default: the scale's stand-ins")
     parser.add_argument("--untuned", type=Path, help="the untuned model's pictures under the same names, for drift")
     parser.add_argument("--pictures", type=Path, help="real pictures of the subject, for dino and clip_i")
@@ -79,6 +82,8 @@ def open_pictures(path: Path) -> Pictures:
     if not named or shards:
         what = "pictures and parquet files" if shards else f"no file that ends in {', '.join(IMAGE_SUFFIXES)}"
         raise UserError(f"{path} holds {what}; expected a folder of pictures, or a parquet file.")
+    if left := len(files) - len(named) - sum(found.name == METADATA for found in files):
+        log.info("%d files of %s with other endings than %s were left out", left, path, ", ".join(IMAGE_SUFFIXES))
     names = sorted(named)
     return Pictures(pd.DataFrame({"image_id": names}), lambda row: named[names[row]].read_bytes(), TODO)
 
@@ -99,9 +104,11 @@ def _of_parquet(paths: list[Path]) -> Pictures:
         found = read_columns(path, list(wanted.values()), TODO)
         for name, source in wanted.items():
             lines[name] += found[source]
-    frame = pd.DataFrame(lines, index=range(read.count))
+    frame = pd.DataFrame(lines, index=range(read.count), dtype=object)  # null stays null, and 1 stays 1
     if "image_id" not in frame:
         frame["image_id"] = [str(row) for row in range(len(frame))]
+    if frame["image_id"].isna().any():
+        raise UserError(f"{paths[0]} has rows without an image_id; expected one for each, or no such column.")
     frame["image_id"] = frame["image_id"].astype(str)
     if frame.empty or frame["image_id"].duplicated().any():
         what = "no row" if frame.empty else "rows with the same image_id"
@@ -186,15 +193,21 @@ def with_prompts(pictures: Pictures, path: Path | None) -> Pictures:
     if bad := [name for name, text in zip(pictures.names, texts, strict=True) if not is_text(text)]:
         raise UserError(f"{len(bad)} pictures have no text as their prompt, the first is {bad[0]}; correct it.")
     ids = frame["prompt_id"].tolist() if "prompt_id" in frame else [None] * len(frame)
-    ids = [prompt_id(text) if given in (None, "") else str(given) for given, text in zip(ids, texts, strict=True)]
+    ids = [prompt_id(text) if _absent(given) else str(given) for given, text in zip(ids, texts, strict=True)]
+    if bad := [name for name, own in zip(pictures.names, ids, strict=True) if not (is_text(own) and is_text(name))]:
+        raise UserError(f"{len(bad)} pictures have a name or prompt_id that is no text, the first is {bad[0]!a}.")
     seeds = frame["image_seed"].tolist() if "image_seed" in frame else [None] * len(frame)
     seeds = [_seed(seed, name) for seed, name in zip(seeds, pictures.names, strict=True)]
     told = {"image_id": pictures.names, "prompt_id": ids, "prompt": texts, "image_seed": pd.array(seeds, "Int64")}
     return Pictures(pd.DataFrame(told)[COLUMNS], pictures.read, pictures.todo)
 
 
+def _absent(given) -> bool:
+    return given is None or given == "" or given != given
+
+
 def _seed(seed, name: str) -> int | None:
-    if seed is None or seed == "" or seed != seed:
+    if _absent(seed):
         return None
     try:
         number = int(seed)
@@ -205,12 +218,24 @@ def _seed(seed, name: str) -> int | None:
     return number
 
 
+def _natural(name: str) -> list:
+    """By what a name counts: 2 before 10."""
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"([0-9]+)", name)]
+
+
 def _matched(frame: pd.DataFrame, prompts: pd.DataFrame, path: Path) -> pd.DataFrame:
     """The prompts' columns in the pictures' order: by file_name, or line by line."""
     names = frame["image_id"].tolist()
     if "file_name" not in prompts:
         if len(prompts) != len(names):
             raise UserError(f"{path} has {len(prompts)} lines for {len(names)} pictures; give one for each.")
+        by_number = sorted(names, key=_natural)
+        if names == sorted(names) != by_number:
+            at = next(i for i, (one, other) in enumerate(zip(names, by_number, strict=True)) if one != other)
+            raise UserError(
+                f"line {at + 1} of {path} would be of {names[at]} by letters, of {by_number[at]} by numbers; give the "
+                "numbers leading zeros, or the prompts as .csv with file_name and prompt."
+            )
         return prompts.assign(image_id=names)
     given = prompts["file_name"].tolist()
     if repeated := prompts["file_name"][prompts["file_name"].duplicated()].tolist():
@@ -230,18 +255,21 @@ def _matched(frame: pd.DataFrame, prompts: pd.DataFrame, path: Path) -> pd.DataF
 
 def run(config: Config, args: argparse.Namespace) -> None:
     """Score and write; everything that can be wrong with names is said before a scorer is loaded."""
-    meter, names = Meter(), [name.strip() for name in args.metrics.split(",")]
+    args.out = args.out or OUT
+    meter, names = Meter(), [name.strip() for name in (args.metrics or METRICS).split(",")]
     for name in names:
         known("--metrics", name, config.metrics)
+    check_out(args)
     found = open_pictures(args.images)
     beside = args.images / METADATA
     pictures = with_prompts(found, args.prompts or (beside if beside.is_file() else None))
     untuned = None if args.untuned is None else _same_names(open_pictures(args.untuned), pictures, args.untuned)
     real = None if args.pictures is None else _real(args.pictures)
     if args.hub is None:
-        hub, entries = Hub(hub_dir(config.scale, args.results)), config.metrics
+        hub, entries, scale = Hub(hub_dir(config.scale, args.results)), config.metrics, config.scale
+        log.warning("scorers: the stand-ins of scale %s, no published weights; --hub names a folder of those", scale)
     else:  # the published files, with their hashes
-        hub, entries = Hub(args.hub, f"hf download, to {args.hub},"), published("metrics", args.set, args.config_dir)
+        hub, entries, scale = Hub(args.hub, DOWNLOAD), published("metrics", args.set, args.config_dir), None
     scorers = {name: load_metric(name, entries[name], hub, default_device()) for name in names}
     tally, frame = Tally(), pictures.frame
     prompts = frame["prompt"].tolist()
@@ -249,7 +277,7 @@ def run(config: Config, args: argparse.Namespace) -> None:
                             real=real, names=pictures.names, tally=tally, progress=Progress(log.info))  # fmt: skip
     seen = tally.told() | {"eval_sets": {args.images.name: prompts_told(prompts, scorers)}}
     meter.counts = {"images": len(frame), "metrics": len(scorers)}
-    settings = {"scale": config.scale, "metrics": {name: entries[name].model_dump() for name in names}}
+    settings = {"scale": scale, "metrics": {name: entries[name].model_dump() for name in names}}
     specs = {name: scorer.spec for name, scorer in scorers.items()}
     about = record("score", settings, hub.inputs(), meter, specs=specs, seen=seen)
     table = pa.Table.from_pandas(pd.concat([frame, scores], axis=1), preserve_index=False)
@@ -259,6 +287,23 @@ def run(config: Config, args: argparse.Namespace) -> None:
         log.info(line)
     print(summary(scores))
     print(f"{len(frame)} pictures -> {args.out}")
+
+
+def check_out(args: argparse.Namespace) -> None:
+    """--out can be written and is none of what is read: said before hours of scoring."""
+    out = args.out.resolve()
+    for option in ("images", "prompts", "untuned", "pictures"):
+        given = getattr(args, option)
+        if given is not None and (out == given.resolve() or given.resolve() in out.parents):
+            raise UserError(f"--out {args.out} would be written over or into --{option} {given}; name another file.")
+    if out.is_dir():
+        raise UserError(f"--out {args.out} is a folder; expected a file such as {args.out / 'scores.parquet'}.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {args.out} cannot be written ({error.strerror}); name another file.") from None
 
 
 def summary(scores: pd.DataFrame) -> str:
@@ -276,7 +321,18 @@ def _same_names(untuned: Pictures, pictures: Pictures, path: Path) -> Pictures:
             f"{path} has {len(row)} pictures, {len(pictures) - len(lacking)} of them under the names of the "
             f"{len(pictures)} to be scored; expected the same names, the first that differs is {first}."
         )
-    return untuned.at([row[name] for name in pictures.names], pictures.frame)
+    rows = [row[name] for name in pictures.names]
+    for column in ("prompt", "image_seed"):  # names may be no more than row numbers
+        if column in untuned.frame:
+            theirs = [untuned.frame[column][i] for i in rows]
+            ours = pictures.frame[column].astype(object).where(pictures.frame[column].notna(), None).tolist()
+            differ = [n for n, a, b in zip(pictures.names, ours, theirs, strict=True) if not _absent(b) and a != b]
+            if differ:
+                raise UserError(
+                    f"{len(differ)} pictures have another {column} in {path}, the first is {differ[0]}; expected the "
+                    "same prompt and noise under the same name."
+                )
+    return untuned.at(rows, pictures.frame)
 
 
 def _real(folder: Path) -> list:

@@ -1,13 +1,18 @@
 """Plain state dicts that others published as .pt files: read without running their code, every key accounted for."""
 
+import json
 import pickle
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-NOT_A_STATE_DICT = (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, pickle.UnpicklingError)
+NOT_A_STATE_DICT = (
+    OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError, struct.error,
+    pickle.UnpicklingError,
+)  # fmt: skip
 
 
 def read(path: Path, entry: str | None = None) -> dict[str, Tensor]:
@@ -19,10 +24,18 @@ def read(path: Path, entry: str | None = None) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a file of tensors alone: {first}") from error
     if entry is not None:
         found = found.get(entry) if isinstance(found, dict) else None
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
         where = f"{path}, entry {entry!r}," if entry else str(path)
         raise ValueError(f"{where} is no state dict: expected tensors by their names")
     return {key: value.float() if value.is_floating_point() else value for key, value in found.items()}
+
+
+def read_json(path: Path) -> dict:
+    """A mapping from a JSON file, or a ValueError."""
+    found = json.loads(path.read_text())  # its errors are ValueErrors
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds {type(found).__name__}; expected a mapping of names to values")
+    return found
 
 
 def check(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> None:

@@ -29,6 +29,10 @@ OCEAN = "a painting of an ocean with clouds and birds, day time, low depth field
 REWARDS = (0.5811622738838196, 0.2745276093482971, -1.4131819009780884, -2.029569625854492)
 CAT, CAT_SCORE = "A cat with two horns on its head", 0.2876  # HPSv2's issue 27: v2.0 on its demo picture
 FOLDED = {"norm": 17.99562477643365, "bias": 5.236645844819847}  # of the published aesthetic head, in float64
+ELSEWHERE = {  # repositories that are not on the Hub
+    "christophschuhmann/improved-aesthetic-predictor": "sac+logos+ava1-l14-linearMSE.pth of "
+    "github.com/christophschuhmann/improved-aesthetic-predictor",
+}
 LOGIT_SCALE = 100.0  # where CLIP clamps it; PickScore's training does not, so only about
 DEVICE = torch.device("cpu")
 
@@ -60,6 +64,8 @@ def not_checked(what: str, expected: str, command: str) -> Line:
 
 
 def fetch(root: Path, repo: str, file: str = "") -> str:
+    if repo in ELSEWHERE:
+        return f"fetch {ELSEWHERE[repo]} into {root / repo}"
     return f"fetch it with `hf download {' '.join(filter(None, (repo, file)))} --local-dir {root / repo}`"
 
 

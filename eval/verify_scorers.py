@@ -190,9 +190,11 @@ def prompt_lists() -> dict[str, list[str]]:
     """The real lists, where PSO_REAL_DATA says they lie; none without it."""
     found, folder = {}, Path(os.environ.get("PSO_REAL_DATA", ""))
     for name, file in PROMPT_LISTS.items():
-        if os.environ.get("PSO_REAL_DATA") and (folder / file).is_file():
-            entry = published("datasets")[name]
-            found[name] = [line.text for line in load_prompts(folder / file, entry, name)]
+        if not os.environ.get("PSO_REAL_DATA") or not (folder / file).is_file():
+            log.info("%s is not compared: PSO_REAL_DATA names no folder with %s", name, file)
+            continue
+        entry = published("datasets")[name]
+        found[name] = [line.text for line in load_prompts(folder / file, entry, name)]
     return found
 
 
@@ -208,7 +210,7 @@ def verify(oracle: Path, full: list[str], work: Path) -> dict:
     texts = [prompt for prompts in lists.values() for prompt in prompts]
     found = official(oracle, work / "small", hub, list(CASES), None, texts)
     report = {
-        "command": " ".join(["python -m eval.verify_scorers --oracle PYTHON --full", *full]).strip(),
+        "command": " ".join(["PSO_REAL_DATA=DIR python -m eval.verify_scorers --oracle PYTHON --full", *full]).strip(),
         "tolerance": TOLERANCE,
         "versions": {"official": place["versions"], "ours": versions()},
         "scorers": compare_scores(found, work / "small", hub, "small"),
@@ -253,6 +255,12 @@ def wrong(report: dict) -> list[str]:
         for row in report["scorers"]
         if row["official_std"] < 1000 * TOLERANCE
     ]
+    found += [
+        f"{row[key]} of {row['count']} prompts of {row['prompts']} have other tokens than the official ones ({key})"
+        for row in report["tokens"]
+        for key in ("ours_to_open_clip", "ours_to_hpsv2", "ours_to_openai", "ours_to_image_reward")
+        if row[key]
+    ]
     return found + [
         f"{row['transform']} differs from the official transform by {row['max_abs_diff']:.1e}"
         for row in report["transforms"]
@@ -266,7 +274,8 @@ def main() -> None:
     kind.add_argument("--oracle", type=Path, help="python of an environment with the packages of envs/oracle.txt")
     kind.add_argument("--real", type=Path, help="folder of the published repositories, DIR/owner/name")
     parser.add_argument("--examples", type=Path, help="folder with ImageReward's 1.webp to 4.webp and demo_image.jpg")
-    parser.add_argument("--full", nargs="*", default=["image_reward"], choices=["image_reward", "clip_score"],
+    large = ["image_reward", "clip_score"]
+    parser.add_argument("--full", nargs="*", default=large, choices=large,
                         help="scorers compared at their published size as well")  # fmt: skip
     parser.add_argument("--golden", type=Path, help="write the golden scores there and nothing else")
     parser.add_argument("--results", type=Path, default=RESULTS)

@@ -200,7 +200,7 @@ def load_metric(name: str, entry: MetricEntry, hub: Hub, device, model: str | No
     own = Hub(hub.root, hub.command)  # a hub that remembers the files of this scorer alone
     files = metric_files(name, entry, own, model)
     if unknown := sorted(set(entry.settings) - set(inspect.signature(module.load).parameters)):
-        raise ConfigError(f"metrics.{name}.settings has {unknown[0]!r}, which {entry.module} does not take.")
+        raise ConfigError(f"metrics.{name}.settings has {unknown[0]!r}, which {entry.loader} does not take.")
     try:
         scorer = module.load(files, device, **entry.settings)
     except UserError:  # says itself what is wrong

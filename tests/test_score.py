@@ -235,13 +235,16 @@ def test_an_imagefolder_needs_no_prompts_and_untuned_pictures_go_by_name(folder,
     untuned = tmp_path / "untuned"
     (untuned / "more").mkdir(parents=True)
     for k, name in enumerate(NAMES):
-        noise(30, 30, seed=100 + k).save(untuned / name)
+        with Image.open(folder / name) as image:
+            noise(*image.size, seed=100 + k).save(untuned / name)
     out = tmp_path / "scores.parquet"
     given = ("--images", folder, "--metrics", "sharpness,sharpness_ratio", "--out", out)
     assert command(monkeypatch, *given, "--untuned", untuned) is None
     found = pq.read_table(out).to_pandas()
     expected = [laplacian(Image.open(untuned / name)) for name in NAMES]
     assert (found["sharpness"] / found["sharpness_ratio"]).tolist() == pytest.approx(expected, rel=1e-4)
+    noise(30, 30).save(untuned / NAMES[2])
+    assert "cannot be compared with one of (30, 30) px" in command(monkeypatch, *given, "--untuned", untuned)
     (untuned / NAMES[2]).unlink()
     assert "has 5 pictures, 5 of them under the names of the 6 to be scored" in command(
         monkeypatch, *given, "--untuned", untuned
@@ -296,8 +299,15 @@ def test_what_does_not_fit_is_one_sentence_and_no_file(name, said, folder, tmp_p
     [
         ((), "neither --model nor --images is given"),
         (("--model", "sdxl", "--images", "x"), "--model and --images are both given"),
+        (("--model", "sdxl", "--metrics", "dino", "--hub", "x"), "--metrics, --hub given with --model, which takes no"),
+        (("--images", "{folder}", "--task", "style"), "--task given with --images, which takes no such option"),
+        (("--images", "{folder}", "--out", "{folder}"), "would be written over or into --images"),
+        (("--images", "{folder}", "--out", "{folder}/2.PNG"), "would be written over or into --images"),
+        (("--images", "{folder}", "--prompts", "{txt}", "--out", "{txt}"), "would be written over or into --prompts"),
+        (("--images", "{folder}", "--out", "."), "is a folder; expected a file such as scores.parquet"),
+        (("--images", "{folder}", "--out", "/proc/none/x.parquet"), "x.parquet cannot be written ("),
         (("--images", "nowhere"), "nowhere is not there; expected a folder of pictures or a parquet file"),
-        (("--images", "."), "holds no file that ends in .jpg"),
+        (("--images", ".", "--out", "../o.parquet"), "holds no file that ends in .jpg"),
         (("--images", "{folder}", "--metrics", "pick_scor"), "did you mean pick_score?"),
         (("--images", "{folder}", "--metrics", "sharpness"), "the pictures come without prompts; give --prompts"),
         (("--images", "{folder}", "--prompts", "x.doc"), "x.doc is not there"),

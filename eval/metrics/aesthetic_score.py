@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import torch
 from PIL import Image
 from torch import Tensor
 
+from eval import state_dicts
 from eval.affine import folded
 from eval.clip_model import ClipScorer, load_clip
 
@@ -14,8 +14,7 @@ class AestheticScorer:
     def __init__(self, files: dict[str, Path], device):
         model = load_clip(files["model"], "quick_gelu", device)
         self.clip = ClipScorer(model, files["processor"], "clip_pil224", {"output": "rating"})
-        state = torch.load(files["head"], map_location="cpu", weights_only=True)
-        weight, bias = folded(state, files["head"], self.clip.model.config.projection_dim)
+        weight, bias = folded(state_dicts.read(files["head"]), files["head"], self.clip.model.config.projection_dim)
         self.weight, self.bias = weight.float().to(device), bias.float().to(device)
         self.spec = {**self.clip.spec, "head_norm": round(self.weight.norm().item(), 4)}
 

@@ -9,18 +9,19 @@ from PIL import Image
 from torch import Tensor
 from transformers import ViTModel
 
+from eval.clip_model import files_as_they_are
 from eval.compared import mean_cosine
 from eval.transforms import pixels, shared
 
 LAYER_NORM_EPS = 1e-6  # DINO's; the converted checkpoint's config says 1e-12
 
 
-_loaded: WeakValueDictionary = WeakValueDictionary()  # (folder, device) -> model, while a scorer holds it
+_loaded: WeakValueDictionary = WeakValueDictionary()  # files as they are, device -> model, while a scorer holds it
 
 
 def load_vit(folder: Path, device) -> ViTModel:
     """Every weight from the checkpoint, in float32; scorers of one checkpoint share it."""
-    key = (str(Path(folder).resolve()), str(device))
+    key = (*files_as_they_are(folder), str(device))
     if key not in _loaded:
         model, info = ViTModel.from_pretrained(
             folder,
@@ -29,6 +30,7 @@ def load_vit(folder: Path, device) -> ViTModel:
             add_pooling_layer=False,
             layer_norm_eps=LAYER_NORM_EPS,
             output_loading_info=True,
+            use_safetensors=True,
         )
         missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
         if missing or unknown:  # transformers would draw a missing weight at random

@@ -6,7 +6,6 @@ torchvision of their benchmark (2023, below 0.17) meant none. Under a newer one 
 "hps_letterbox224_aa", another score. Theirs runs in float16 on a GPU; this is float32 everywhere.
 """
 
-import json
 from pathlib import Path
 
 from torch import Tensor
@@ -19,7 +18,7 @@ from eval.open_clip_weights import load_open_clip, to_open_clip
 
 def load(files: dict[str, Path], device, transform: str = "hps_letterbox224_noaa") -> ClipScorer:
     state = state_dicts.read(files["model"], "state_dict")
-    config = CLIPConfig.from_dict(json.loads(files["architecture"].read_text()))
+    config = CLIPConfig.from_dict(state_dicts.read_json(files["architecture"]))
     for part in ("text_config", "vision_config"):
         if (found := getattr(config, part).hidden_act) != "gelu":
             raise ValueError(f"{part}.hidden_act in {files['architecture']} is {found!r}; expected 'gelu'")

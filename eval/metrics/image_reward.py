@@ -7,7 +7,6 @@ the file has its place or is named in UNUSED. All sizes come from the file and i
 About N(0, 1) on pictures of Stable Diffusion 1.4. Prompts are cut to 35 tokens, [CLS] and [SEP] among them.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -90,7 +89,7 @@ def vision_config(state: dict[str, Tensor], path: Path) -> BlipVisionConfig:
 
 def text_config(path: Path, encoder_width: int) -> BlipTextConfig:
     """BERT's sizes from med_config.json; its encoder width is not the one that the authors' code uses."""
-    med = json.loads(path.read_text())
+    med = state_dicts.read_json(path)
     if lacking := [key for key in MED_CONFIG if key not in med]:
         raise ValueError(f"{path} has no {lacking[0]!r}")
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "sep_token_id"))  # for generating texts
@@ -117,6 +116,13 @@ def load_blip(state: dict[str, Tensor], files: dict[str, Path]) -> tuple[BlipVis
     return vision, text
 
 
+def load_tokenizer(folder: Path) -> BertTokenizer:
+    try:
+        return BertTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library has no class of its own for a bad file
+        raise ValueError(f"tokenizer in {folder} cannot be read: {error}") from error
+
+
 class ImageRewardScorer:
     def __init__(self, files: dict[str, Path], device):
         state = state_dicts.read(files["model"])
@@ -125,7 +131,7 @@ class ImageRewardScorer:
         weight, bias = affine.folded(mlp, files["model"], text.config.hidden_size)
         self.device, self.vision, self.text = device, vision.to(device), text.to(device)
         self.weight, self.bias = (weight / STD).float().to(device), ((bias - MEAN) / STD).float().to(device)
-        self.tokenizer = BertTokenizer.from_pretrained(files["processor"], local_files_only=True)
+        self.tokenizer = load_tokenizer(files["processor"])
         most = text.config.vocab_size
         if not most - ADDED <= len(self.tokenizer) <= most:  # a missing file loads silently as five tokens
             found = len(self.tokenizer)

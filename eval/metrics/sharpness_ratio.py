@@ -21,6 +21,9 @@ class SharpnessRatio:
 
     def score(self, images: list[Image.Image], prompts: list[str], others: list[list[Image.Image]]) -> Tensor:
         """[B]; the prompts do not matter. Of several others the mean variance counts."""
+        for image, row in zip(images, others, strict=True):
+            if sizes := {other.size for other in row} - {image.size}:
+                raise ValueError(f"a picture of {image.size} px cannot be compared with one of {sizes.pop()} px")
         mine = torch.stack([variance(image) for image in images])
         untuned = torch.stack([torch.stack([variance(other) for other in row]).mean() for row in others])
         return mine.clamp(min=ROUNDING) / untuned.clamp(min=ROUNDING)
