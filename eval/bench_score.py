@@ -32,10 +32,9 @@ from eval.scoring import score_pictures
 from eval.seeded import build
 from eval.seeded_pictures import scene
 from pso.config import load
-from pso.entries import MetricEntry
 from pso.hub import Hub
 from pso.models import load_metric
-from pso.provenance import UserError, atomic, code_state, hardware, versions, write_json
+from pso.provenance import UserError
 
 log = logging.getLogger("bench")
 METRICS = ("pick_score", "clip_score", "image_reward", "aesthetic_score", "hps_v2")
@@ -94,15 +93,9 @@ def prepare(work: Path, count: int, size: int) -> None:
     (work / "prompts.jsonl").write_text("\n".join(lines))
 
 
-def unpinned(entry: MetricEntry) -> MetricEntry:
-    """The entry for files that are not the published ones."""
-    parts = {key: getattr(entry, key) for key in ("checkpoint", "head", "architecture")}
-    return entry.model_copy(update={k: v.model_copy(update={"sha256": None}) for k, v in parts.items() if v})
-
-
 def opened(work: Path) -> tuple[Pictures, dict]:
     entries, hub = load().metrics, Hub(work / "hub")
-    scorers = {name: load_metric(name, unpinned(entries[name]), hub, torch.device("cpu")) for name in METRICS}
+    scorers = {name: load_metric(name, entries[name].unpinned(), hub, torch.device("cpu")) for name in METRICS}
     return with_prompts(open_pictures(work / "pictures"), work / "prompts.jsonl"), scorers
 
 
@@ -156,13 +149,13 @@ def measure(work: Path, rounds: int) -> dict:
     return found | {"peak_rss_gib": {name: peak_memory(name, work) for name in WAYS}}
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict | None:
     if args.memory_of is not None:
         pictures, scorers = opened(args.work)
         loaded = peak()
         WAYS[args.memory_of](pictures, scorers)
         print(json.dumps({"networks_loaded": loaded, "most": peak()}))
-        return
+        return None
     for name in ("pictures", "size", "rounds"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; expected a number of at least 1.")
@@ -171,22 +164,14 @@ def run(args: argparse.Namespace) -> None:
         prepare(Path(folder), args.pictures, args.size)
         found = measure(Path(folder), args.rounds)
     asked = {key: getattr(args, key) for key in ("pictures", "size", "rounds")}
-    told = {
-        "benchmark": "score",
+    return {
         "command": "python -m pso.bench score " + " ".join(f"--{key} {value}" for key, value in asked.items()),
         **asked,
         "metrics": list(METRICS),
         **found,
         "note": args.note,
         "load_before_and_after": [round(load_before, 2), round(os.getloadavg()[0], 2)],
-        "versions": versions(),
-        "hardware": hardware(),
-        "code": code_state(),
     }
-    write_json(args.out / "score.json", told)
-    with atomic(args.out / "score.md") as part:
-        part.write_text(text(told))
-    print(text(told))
 
 
 def text(told: dict) -> str:

@@ -5,7 +5,6 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from weakref import WeakValueDictionary
 
 import ftfy
 import torch
@@ -14,41 +13,20 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
+from eval.checkpoints import whole
 from eval.transforms import PRESETS, pixels, shared
 
 CLIP_PRESETS = [name for name in PRESETS if name != "dino_256_224"]
-_loaded: WeakValueDictionary = WeakValueDictionary()  # files as they are, device -> model, while a scorer holds it
 
 
 def load_clip(folder: Path, activation: str, device) -> CLIPModel:
-    """Every weight from the checkpoint, in float32; scorers of one checkpoint share it.
-
-    activation: what it was trained with, "gelu" or "quick_gelu". A config that says otherwise loads without a word
-    and moves scores by more than any tuning does; a missing weight would be drawn at random.
-    """
-    key = (*files_as_they_are(folder), str(device))
-    if key not in _loaded:
-        model, info = CLIPModel.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True, use_safetensors=True
-        )
-        missing = sorted(info["missing_keys"])
-        unknown = sorted(k for k in info["unexpected_keys"] if not k.endswith("position_ids"))  # of old files
-        if missing or unknown:
-            raise ValueError(
-                f"weights in {folder} lack {missing} and have {unknown} in excess; fetch the checkpoint again"
-            )
-        _loaded[key] = model = model.to(device).eval()
-    model = _loaded[key]
+    """activation: what it was trained with, "gelu" or "quick_gelu". A config that says otherwise loads without a word
+    and moves scores by more than any tuning does."""
+    model = whole(CLIPModel, folder, device, forgiven="position_ids")  # of old files
     for part in ("text_config", "vision_config"):
         if (found := getattr(model.config, part).hidden_act) != activation:
             raise ValueError(f"{part}.hidden_act in {folder}/config.json is {found!r}; expected {activation!r}")
     return model
-
-
-def files_as_they_are(folder: Path) -> tuple:
-    """Names, sizes and times of a folder's files: another checkpoint under the same path is another one."""
-    files = sorted(path for path in Path(folder).resolve().iterdir() if path.is_file())
-    return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
 
 
 def load_tokenizer(folder: Path, vocabulary: int) -> CLIPTokenizer:

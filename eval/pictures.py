@@ -5,8 +5,6 @@ Nothing is turned upright by EXIF either and no colour profile is applied: no of
 several frames the first is taken. All of that is counted (Tally) and shown, never silent.
 """
 
-import hashlib
-import io
 import struct
 import warnings
 import zlib
@@ -20,10 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
-from pso.data import BadImage, parse_image
+from pso.data import open_image, read_image
 from pso.provenance import UserError, sha256_of
 
-FORMATS = ("PNG", "JPEG", "WEBP")
 MODES = ("1", "L", "LA", "P", "PA", "I", "I;16", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 LONGEST = 100  # times the shorter side; a longer picture would be made gigabytes large when that side becomes 224
 BATCH_ROWS = 64  # encoded pictures of a parquet file in memory at once
@@ -43,8 +40,7 @@ def decode(data: bytes | None, name: str, todo: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            _open(data).verify()  # a PNG cut short in its last bytes, which decoding forgives
-            image = _open(data)
+            image = open_image(data)
             if why := _unfit(image):
                 raise UserError(f"image {name} is {why}; {todo}.")
             image.load()
@@ -60,10 +56,6 @@ def decode(data: bytes | None, name: str, todo: str) -> Image.Image:
         why = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise UserError(f"image {name} cannot be decoded ({why}); {todo}.") from None
     return image
-
-
-def _open(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
 def _unfit(image: Image.Image) -> str | None:
@@ -147,23 +139,12 @@ def said(told: dict) -> list[str]:
 
 def real_pictures(paths: Iterable[Path]) -> list[Image.Image]:
     """A subject's photographs as training sees them: RGB, upright, transparency over white."""
-    found = []
-    for path in paths:
-        try:
-            found.append(parse_image(path.read_bytes()))
-        except BadImage as error:
-            raise UserError(f"{path} is no whole picture ({error}); make or fetch it again.") from None
-    return found
+    return [read_image(path) for path in paths]
 
 
 def is_text(text) -> bool:
     """A lone surrogate, which JSON can write, is no text that a tokenizer takes."""
     return isinstance(text, str) and not any("\ud800" <= letter <= "\udfff" for letter in text)
-
-
-def prompt_id(text: str) -> str:
-    """16 hex digits of a text alone, as pso.data gives them."""
-    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
 
 # ---- parquet ----

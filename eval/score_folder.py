@@ -29,16 +29,15 @@ from eval.pictures import (
     Tally,
     is_text,
     open_parquet,
-    prompt_id,
     prompts_told,
     read_columns,
     real_pictures,
     said,
 )
 from eval.scoring import METADATA_KEY, Progress, default_device, score_pictures
-from eval.verify_real import published
 from pso.checks import known
-from pso.data import read_text
+from pso.config import published
+from pso.data import read_text, text_id
 from pso.dreambooth import IMAGE_SUFFIXES
 from pso.entries import Config
 from pso.hub import Hub, hub_dir
@@ -193,7 +192,7 @@ def with_prompts(pictures: Pictures, path: Path | None) -> Pictures:
     if bad := [name for name, text in zip(pictures.names, texts, strict=True) if not is_text(text)]:
         raise UserError(f"{len(bad)} pictures have no text as their prompt, the first is {bad[0]}; correct it.")
     ids = frame["prompt_id"].tolist() if "prompt_id" in frame else [None] * len(frame)
-    ids = [prompt_id(text) if _absent(given) else str(given) for given, text in zip(ids, texts, strict=True)]
+    ids = [text_id(text) if _absent(given) else str(given) for given, text in zip(ids, texts, strict=True)]
     if bad := [name for name, own in zip(pictures.names, ids, strict=True) if not (is_text(own) and is_text(name))]:
         raise UserError(f"{len(bad)} pictures have a name or prompt_id that is no text, the first is {bad[0]!a}.")
     seeds = frame["image_seed"].tolist() if "image_seed" in frame else [None] * len(frame)

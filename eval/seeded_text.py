@@ -4,6 +4,8 @@ import gzip
 import json
 from pathlib import Path
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 TEXT = """
 a an the of on in with and at to is are by for from under over day night time photo painting drawing picture cat cats
 dog dogs horse horns head two three one red green blue black white orange yellow sky cloud clouds ocean sea bird birds
@@ -12,13 +14,6 @@ sitting standing wooden old small big light dark water sun moon mountain city ca
 realistic its no
 """
 WORDS = TEXT.split()
-
-
-def byte_characters() -> list[str]:
-    """GPT-2's and CLIP's 256 characters for the 256 bytes, the printable ones first."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
 
 
 def small_merges() -> list[str]:
@@ -39,7 +34,7 @@ def write_clip_tokenizer(folder: Path, published: str | None) -> int:
     """
     text = published or "\n".join(["#version: 0.2", *small_merges()])
     merges = text.split("\n")[1 : 49152 - 256 - 2 + 1]
-    single = byte_characters()
+    single = list(bytes_to_unicode().values())
     tokens = [*single, *(c + "</w>" for c in single), *("".join(m.split()) for m in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: i for i, token in enumerate(tokens)}

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from PIL import Image
 from safetensors import safe_open
 
 from eval import affine, state_dicts
-from pso.config import CONFIG_DIR, ENTRIES, check, merged
+from pso.config import published
 from pso.entries import MetricEntry
 from pso.hub import Hub
 from pso.models import BROKEN, load_metric, metric_files
@@ -35,12 +34,6 @@ ELSEWHERE = {  # repositories that are not on the Hub
 }
 LOGIT_SCALE = 100.0  # where CLIP clamps it; PickScore's training does not, so only about
 DEVICE = torch.device("cpu")
-
-
-def published(kind: str, overrides: dict | None = None, folder: Path = CONFIG_DIR) -> dict:
-    """Entries of metrics.yaml or datasets.yaml with a user's overrides, for the published files: no scale's."""
-    entries = merged(yaml.safe_load((folder / f"{kind}.yaml").read_text()), (overrides or {}).get(kind, {}))
-    return {name: check(ENTRIES[kind], entry, f"{kind}.{name}") for name, entry in entries.items()}
 
 
 @dataclass(frozen=True)
@@ -71,7 +64,7 @@ def fetch(root: Path, repo: str, file: str = "") -> str:
 
 def checksums(root: Path, metrics: dict[str, MetricEntry]) -> Iterator[Line]:
     """Every file that metrics.yaml pins."""
-    pinned = {(c.repo, c.file): c.sha256 for e in metrics.values() for c in checkpoints(e).values() if c.sha256}
+    pinned = {(c.repo, c.file): c.sha256 for e in metrics.values() for c in e.checkpoints.values() if c.sha256}
     for (repo, file), expected in sorted(pinned.items()):
         what, path = f"sha256 of {repo}/{file}", root / repo / file
         if not path.is_file():
@@ -79,11 +72,6 @@ def checksums(root: Path, metrics: dict[str, MetricEntry]) -> Iterator[Line]:
             continue
         found = sha256_of(path)
         yield Line(what, expected, found, "right" if found == expected else "wrong")
-
-
-def checkpoints(entry: MetricEntry) -> dict:
-    parts = {name: getattr(entry, name) for name in ("checkpoint", "head", "architecture")}
-    return {name: part for name, part in parts.items() if part is not None}
 
 
 def logit_scales(root: Path, metrics: dict[str, MetricEntry]) -> Iterator[Line]:
@@ -125,12 +113,11 @@ def aesthetic_head(root: Path, metrics: dict[str, MetricEntry]) -> Iterator[Line
 
 def scorer(root: Path, name: str, entry: MetricEntry, **settings):
     """The scorer, or a line that says why there is none."""
-    unpinned = {key: part.model_copy(update={"sha256": None}) for key, part in checkpoints(entry).items()}
-    entry = entry.model_copy(update={**unpinned, "settings": {**entry.settings, **settings}})
+    entry = entry.unpinned().model_copy(update={"settings": {**entry.settings, **settings}})
     try:
         metric_files(name, entry, Hub(root))
     except UserError:
-        repos = dict.fromkeys((part.repo, part.file or "") for part in checkpoints(entry).values())
+        repos = dict.fromkeys((part.repo, part.file or "") for part in entry.checkpoints.values())
         if (processor := entry.checkpoint.processor) is not None:
             repos[processor, ""] = None
         raise LookupError("; ".join(fetch(root, *repo) for repo in repos)) from None

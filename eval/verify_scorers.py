@@ -26,8 +26,9 @@ from eval.clip_model import as_open_clip
 from eval.seeded import BERT, CLIP_H, build
 from eval.seeded_pictures import PROMPTS, compared, digest_of, pairs
 from eval.transforms import PRESETS
-from eval.verify_real import check_real, published
+from eval.verify_real import check_real
 from eval.verify_report import text
+from pso.config import published
 from pso.data import load_prompts
 from pso.hub import Hub
 from pso.models import load_metric, metric_files
@@ -59,13 +60,8 @@ PROMPT_LISTS = {"parti_prompts": "PartiPrompts.tsv", "training_prompts_4k": "4k_
 def entry_of(key: str):
     """The metric's entry for the published files, but for their sha256."""
     name, settings = CASES[key]
-    entry = published("metrics")[name]
-    unpinned = {
-        field: checkpoint.model_copy(update={"sha256": None})
-        for field in ("checkpoint", "head", "architecture")
-        if (checkpoint := getattr(entry, field)) is not None
-    }
-    return name, entry.model_copy(update={**unpinned, **({} if settings is None else {"settings": settings})})
+    entry = published("metrics")[name].unpinned()
+    return name, entry if settings is None else entry.model_copy(update={"settings": settings})
 
 
 # ---- the oracle ----

@@ -1,17 +1,18 @@
 """Speed and work, written to results/benchmarks/: python -m pso.bench score|count [options].
 
-A benchmark is a module with add_arguments(parser) and run(args), found by its dotted path as methods are: this package
-imports neither eval nor baselines.
+A benchmark is a module with add_arguments(parser), run(args) -> figures, or None where there is nothing to keep, and
+text(told) -> markdown; found by its dotted path as methods are: this package imports neither eval nor baselines.
 """
 
 import argparse
 import importlib
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from pso.paths import RESULTS
-from pso.provenance import sentences
+from pso.provenance import atomic, code_state, hardware, sentences, versions, write_json
 
 BENCHMARKS = {"score": "eval.bench_score", "count": "pso.bench_count"}
 
@@ -27,7 +28,18 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     with sentences("bench"):
-        modules[args.benchmark].run(args)
+        figures = modules[args.benchmark].run(args)
+        if figures is not None:
+            keep({"benchmark": args.benchmark, **figures}, modules[args.benchmark].text, args.out)
+
+
+def keep(figures: dict, text: Callable[[dict], str], folder: Path) -> None:
+    """<benchmark>.json and .md, with what they were made by."""
+    told = {**figures, "versions": versions(), "hardware": hardware(), "code": code_state()}
+    write_json(folder / f"{told['benchmark']}.json", told)
+    with atomic(folder / f"{told['benchmark']}.md") as part:
+        part.write_text(text(told))
+    print(text(told))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import argparse
 import pandas as pd
 
 from pso import architectures, flops
-from pso.provenance import atomic, code_state, versions, write_json
 
 SIDES = (1024, 512)  # px: SDXL, DMD2 and LCM; Turbo
 RANKS = (8, 16, 32, 64)  # 16: the paper's; 64: SPO's
@@ -63,20 +62,9 @@ def sizes() -> dict[str, int]:
     return found | {name: architectures.parameters(architectures.clip(name)) for name in JUDGES}
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict:
     of = networks()
-    told = {
-        "benchmark": "count",
-        "command": "python -m pso.bench count",
-        "flops": of | units(of),
-        "parameters": sizes(),
-        "versions": versions(),
-        "code": code_state(),
-    }
-    write_json(args.out / "count.json", told)
-    with atomic(args.out / "count.md") as part:
-        part.write_text(text(told))
-    print(text(told))
+    return {"command": "python -m pso.bench count", "flops": of | units(of), "parameters": sizes()}
 
 
 def text(told: dict) -> str:

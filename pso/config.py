@@ -167,6 +167,12 @@ def import_module(dotted: str, field: str):
 # ---- command line ----
 
 
+def published(kind: str, overrides: dict | None = None, folder: Path = CONFIG_DIR) -> dict:
+    """Entries of a file with a user's overrides, for the published files: without any scale's deviations."""
+    entries = merged(_read(Path(folder) / f"{kind}.yaml"), (overrides or {}).get(kind, {}))
+    return {name: check(ENTRIES[kind], entry, f"{kind}.{name}") for name, entry in entries.items()}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--config-dir and --set, which every job takes."""
     parser.add_argument("--config-dir", type=Path, default=CONFIG_DIR, help="folder with the YAML files")

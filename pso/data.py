@@ -74,12 +74,17 @@ class Prompt:
     challenge: str | None = None
 
 
+def text_id(text: str) -> str:
+    """16 hex digits of a text alone. UnicodeEncodeError for what is none."""
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
 def prompts_of(texts: Iterable[str], source: str = "the list of prompts") -> list[Prompt]:
     """Texts with their ids: 16 hex digits, and -2, -3, ... on further copies of a text."""
     seen, prompts = Counter(), []
     for number, text in enumerate(texts, 1):
         try:
-            key = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+            key = text_id(text)
         except UnicodeEncodeError:
             raise UserError(f"{source}: prompt {number} ({text!r}) is not Unicode text; correct it.") from None
         seen[key] += 1
@@ -191,8 +196,7 @@ def parse_image(data: bytes | None, background: tuple[int, int, int] = WHITE) ->
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            _open_image(data).verify()  # a PNG cut short in its last bytes, which decoding forgives
-            return _rgb(ImageOps.exif_transpose(_open_image(data)), background)
+            return _rgb(ImageOps.exif_transpose(open_image(data)), background)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise BadImage(f"too large: more than {Image.MAX_IMAGE_PIXELS} pixels") from None
     except Image.UnidentifiedImageError:
@@ -201,8 +205,19 @@ def parse_image(data: bytes | None, background: tuple[int, int, int] = WHITE) ->
         raise BadImage(f"damaged: {' '.join(str(error).split()) or type(error).__name__}") from None
 
 
-def _open_image(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+def open_image(data: bytes) -> Image.Image:
+    """A picture in its own mode, its file checked, not decoded yet; Pillow's own errors."""
+    first, again = (Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) for _ in range(2))
+    first.verify()  # a PNG cut short in its last bytes, which decoding forgives; it cannot be used after that
+    return again
+
+
+def read_image(path: Path) -> Image.Image:
+    """parse_image of a file, or a sentence that names it."""
+    try:
+        return parse_image(path.read_bytes())
+    except BadImage as error:
+        raise UserError(f"{path} is no whole picture ({error}); make or fetch it again.") from None
 
 
 def _rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:

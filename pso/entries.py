@@ -151,6 +151,17 @@ class MetricEntry(Strict):
     only_scales: list[str] | None = None  # where the column can exist at all
 
     @property
+    def checkpoints(self) -> dict[str, Checkpoint]:
+        """What it reads, by field."""
+        parts = {name: getattr(self, name) for name in ("checkpoint", "head", "architecture")}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def unpinned(self) -> "MetricEntry":
+        """The entry for files that are not the published ones."""
+        parts = {name: part.model_copy(update={"sha256": None}) for name, part in self.checkpoints.items()}
+        return self.model_copy(update=parts)
+
+    @property
     def loader(self) -> str:
         """Dotted path of what has the load()."""
         return self.module if self.implementation == "ours" else f"eval.official:{self.module.rpartition('.')[2]}"

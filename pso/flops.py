@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pso import architectures as published
 from pso.architectures import LATENT, POOLED_WIDTH, TEXT_WIDTH, TOKENS
+from pso.entries import ModelEntry
 
-LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # as in models.yaml
 WINDOW = 35  # tokens of ImageReward
 
 
@@ -60,7 +60,9 @@ def lora(side: int, rank: int) -> tuple[Work, Work]:
     """(forward, backward) of theta's UNet with a LoRA on every attention layer."""
     model = published.unet().requires_grad_(False)
     with torch.device("meta"):
-        model.add_adapter(LoraConfig(r=rank, target_modules=LORA_TARGETS, init_lora_weights=False))
+        model.add_adapter(
+            LoraConfig(r=rank, target_modules=ModelEntry.model_fields["lora_targets"].default, init_lora_weights=False)
+        )
     found: list[Tensor] = []
     forward = count(lambda: found.append(_denoise(model, side)))
     backward = count(lambda: found[0].sum().backward())

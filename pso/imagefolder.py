@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from pso.data import BadImage, Counts, parse_image, read_text
+from pso.data import Counts, read_image, read_text
 from pso.dreambooth import IMAGE_SUFFIXES
 from pso.entries import DatasetEntry
 from pso.provenance import UserError, sha256_of
@@ -69,10 +69,7 @@ class ImageFolder:
                 f"{extra[0].relative_to(self.folder)}; add a line for each or take them away."
             )
         for picture in self.pictures:
-            try:
-                parse_image(picture.path.read_bytes())
-            except BadImage as error:
-                raise UserError(f"{picture.path} is no whole picture ({error}); make or fetch it again.") from None
+            read_image(picture.path)
 
     def digest(self) -> str:
         """sha256 over names and contents of all pictures."""

@@ -5,8 +5,8 @@ import json
 import pandas as pd
 import pytest
 import torch
-from test_metrics import quiet  # noqa: F401
 from test_pictures import encoded, noise
+from toy import quiet  # noqa: F401
 
 from eval import bench_score
 from eval.bench_score import METRICS, WAYS, differences

@@ -5,10 +5,11 @@ import gc
 import pytest
 import torch
 import toy
-from test_metrics import CAPTIONS, quiet  # noqa: F401
+from test_metrics import CAPTIONS
+from toy import quiet  # noqa: F401
 from transformers import CLIPModel
 
-from eval import clip_model, transforms
+from eval import checkpoints, transforms
 from eval.clip_model import as_open_clip, load_clip
 from eval.metrics import clip_score, pick_score
 
@@ -33,12 +34,12 @@ def test_scorers_of_one_checkpoint_hold_one_model(files):
 
 
 def test_a_model_goes_with_its_last_scorer(files):
-    clip_model._loaded.clear()
+    checkpoints._loaded.clear()
     scorer = pick_score.load(files, "cpu")
-    assert len(clip_model._loaded) == 1
+    assert len(checkpoints._loaded) == 1
     del scorer
     gc.collect()
-    assert len(clip_model._loaded) == 0
+    assert len(checkpoints._loaded) == 0
 
 
 @pytest.mark.parametrize("wrong", ["quick_gelu", "relu"])

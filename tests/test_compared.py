@@ -10,7 +10,7 @@ from PIL import Image, ImageFilter
 from safetensors.torch import load_file
 from synthetic import ROWS, config, metric, table
 from test_likeness import by_hand, vit  # noqa: F401
-from test_metrics import quiet  # noqa: F401
+from toy import quiet  # noqa: F401
 
 from eval.compared import mean_cosine, mean_distance
 from eval.metrics import dino, diversity, drift, sharpness_ratio

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import toy
-import transformers
 from PIL import Image
 from torch import nn
+from toy import quiet  # noqa: F401
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from eval.metrics import hps_v2, hps_v21
@@ -26,16 +26,6 @@ from pso.provenance import UserError
 
 CAPTIONS = list(world.OF_CAPTION)[::60]
 LAION, HPS = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "xswu/HPSv2"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet():
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    yield
-    transformers.logging.set_verbosity(before)
-    transformers.logging.enable_progress_bar()
 
 
 # ---- open_clip's ViT and text tower, by their own names ----

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import toy
-import transformers
 from PIL import Image
+from toy import quiet  # noqa: F401
 from transformers import BertTokenizer
 
 from eval.metrics import image_reward
@@ -85,16 +85,6 @@ def new_state() -> dict[str, torch.Tensor]:
     for i, columns, rows in zip((0, 2, 4, 6, 7), (TEXT, *HEAD), HEAD, strict=False):
         linear(f"mlp.layers.{i}", rows, columns, 0.3)
     return state
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet():
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    yield
-    transformers.logging.set_verbosity(before)
-    transformers.logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 import toy
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_metrics import by_transformers, noise, quick_clip, quiet  # noqa: F401
+from test_metrics import by_transformers, noise, quick_clip  # noqa: F401
+from toy import quiet  # noqa: F401
 from transformers import CLIPModel, ViTConfig, ViTModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 

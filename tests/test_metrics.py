@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 import toy
-import transformers
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
+from toy import quiet  # noqa: F401
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -34,16 +34,6 @@ from pso.miniature.text import WINDOW
 ELSEWHERE = ("spm_", "clip_t", "clip_i", "dino", "image_reward", "hps_", "drift", "diversity", "sharpness_ratio")
 METRICS = {name: entry for name, entry in load().metrics.items() if not name.startswith(ELSEWHERE)}
 CAPTIONS = list(world.OF_CAPTION)[::40]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet():
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    yield
-    transformers.logging.set_verbosity(before)
-    transformers.logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")

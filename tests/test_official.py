@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from toy import quiet  # noqa: F401
 
 from eval import clip_model, transforms
 from eval.metrics import dino, image_reward
@@ -28,14 +29,10 @@ CLEAR = 10 * TOLERANCE  # a mistake shows by at least this much
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quiet():
-    before, threads = transformers.logging.get_verbosity(), torch.get_num_threads()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+def one_thread():
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    transformers.logging.set_verbosity(before)
-    transformers.logging.enable_progress_bar()
     torch.set_num_threads(threads)
 
 

@@ -15,8 +15,8 @@ import torch
 import toy
 from PIL import Image
 from test_compared import laplacian
-from test_metrics import quiet  # noqa: F401
 from test_pictures import encoded, noise
+from toy import quiet  # noqa: F401
 
 from eval import score as score_module
 from eval import scoring

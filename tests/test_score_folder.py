@@ -9,9 +9,10 @@ import pytest
 import torch
 import toy
 from safetensors.torch import load_file, save_file
-from test_metrics import CAPTIONS, quiet  # noqa: F401
+from test_metrics import CAPTIONS
 from test_pictures import encoded, noise
 from test_score import command
+from toy import quiet  # noqa: F401
 
 from eval.metrics import pick_score
 from eval.score_folder import open_pictures, with_prompts

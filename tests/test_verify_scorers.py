@@ -13,9 +13,8 @@ from transformers import CLIPTokenizer
 
 from eval import seeded, verify_real, verify_scorers
 from eval.seeded_pictures import pairs, pictures
-from eval.verify_real import published
 from eval.verify_report import text
-from pso.config import load
+from pso.config import load, published
 from pso.provenance import ROOT, UserError
 
 FEW = ["aesthetic_score", "clip_t", "pick_score"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -23,6 +24,18 @@ from pso.miniature import world
 from pso.miniature.clip import new_clip, save_clip
 from pso.miniature.text import WINDOW, write_tokenizer
 from pso.policy import Conditioning, Policy
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet():
+    """transformers says nothing while the tests of a file that imports this run."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    yield
+    transformers.logging.set_verbosity(before)
+    transformers.logging.enable_progress_bar()
+
 
 # ---- pictures and a judge ----
 

@@ -1,7 +1,7 @@
 """DINO of the DreamBooth protocol: DINO ViT-S/16, cosine of class tokens, mean over a subject's real pictures."""
 
+from collections.abc import Callable
 from pathlib import Path
-from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -9,47 +9,22 @@ from PIL import Image
 from torch import Tensor
 from transformers import ViTModel
 
-from eval.clip_model import files_as_they_are
+from eval.checkpoints import whole
 from eval.compared import mean_cosine
 from eval.transforms import pixels, shared
 
 LAYER_NORM_EPS = 1e-6  # DINO's; the converted checkpoint's config says 1e-12
 
 
-_loaded: WeakValueDictionary = WeakValueDictionary()  # files as they are, device -> model, while a scorer holds it
-
-
-def load_vit(folder: Path, device) -> ViTModel:
-    """Every weight from the checkpoint, in float32; scorers of one checkpoint share it."""
-    key = (*files_as_they_are(folder), str(device))
-    if key not in _loaded:
-        model, info = ViTModel.from_pretrained(
-            folder,
-            local_files_only=True,
-            dtype=torch.float32,
-            add_pooling_layer=False,
-            layer_norm_eps=LAYER_NORM_EPS,
-            output_loading_info=True,
-            use_safetensors=True,
-        )
-        missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-        if missing or unknown:  # transformers would draw a missing weight at random
-            raise ValueError(
-                f"weights in {folder} lack {missing[:2]} and have {unknown[:2]} in excess (the first two of "
-                f"{len(missing)} and {len(unknown)}); fetch the checkpoint again"
-            )
-        _loaded[key] = model = model.to(device).eval()
-    return _loaded[key]
-
-
 class DinoScorer:
-    output = "mean cosine of class tokens with a subject's pictures"
+    """compare(features, images, others) -> Tensor [B]: of eval.compared. output: what it gives, in words."""
 
-    def __init__(self, folder: Path, device):
-        self.model, self.device = load_vit(folder, device), device
+    def __init__(self, folder: Path, device, output: str, compare: Callable):
+        options = {"add_pooling_layer": False, "layer_norm_eps": LAYER_NORM_EPS}
+        self.model, self.device, self.compare = whole(ViTModel, folder, device, **options), device, compare
         self.size = self.model.config.image_size
         self.spec = {
-            "output": self.output,
+            "output": output,
             "transform": "dino_256_224",
             "layer_norm_eps": LAYER_NORM_EPS,
             "dtype": "float32",
@@ -67,9 +42,9 @@ class DinoScorer:
         return shared(images, id(self.model), class_tokens)
 
     def score(self, images: list[Image.Image], prompts: list[str], others: list[list[Image.Image]]) -> Tensor:
-        """Mean cosine [B] with the subject's real pictures; the prompts do not matter."""
-        return mean_cosine(self.features, images, others)
+        """[B], of each picture and its others; the prompts do not matter."""
+        return self.compare(self.features, images, others)
 
 
 def load(files: dict[str, Path], device) -> DinoScorer:
-    return DinoScorer(files["model"], device)
+    return DinoScorer(files["model"], device, "mean cosine of class tokens with a subject's pictures", mean_cosine)

@@ -6,20 +6,12 @@ pictures is that over all their pairs; at least two noises for each prompt.
 
 from pathlib import Path
 
-from PIL import Image
-from torch import Tensor
-
 from eval.compared import mean_distance
 from eval.metrics.dino import DinoScorer
 
-
-class Diversity(DinoScorer):
-    output = "mean of 1 - cosine of class tokens with the other pictures of the prompt"
-
-    def score(self, images: list[Image.Image], prompts: list[str], others: list[list[Image.Image]]) -> Tensor:
-        """[B] in 0..2; the prompts do not matter."""
-        return mean_distance(self.features, images, others)
+OUTPUT = "mean of 1 - cosine of class tokens with the other pictures of the prompt"
 
 
-def load(files: dict[str, Path], device) -> Diversity:
-    return Diversity(files["model"], device)
+def load(files: dict[str, Path], device) -> DinoScorer:
+    """Scores in 0..2."""
+    return DinoScorer(files["model"], device, OUTPUT, mean_distance)

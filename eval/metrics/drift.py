@@ -3,20 +3,12 @@ and noise. 0 where nothing was tuned; it has no best value, and is read beside w
 
 from pathlib import Path
 
-from PIL import Image
-from torch import Tensor
-
 from eval.compared import mean_distance
 from eval.metrics.dino import DinoScorer
 
-
-class Drift(DinoScorer):
-    output = "1 - cosine of class tokens with the untuned model's picture of the same noise"
-
-    def score(self, images: list[Image.Image], prompts: list[str], others: list[list[Image.Image]]) -> Tensor:
-        """[B] in 0..2; the prompts do not matter."""
-        return mean_distance(self.features, images, others)
+OUTPUT = "1 - cosine of class tokens with the untuned model's picture of the same noise"
 
 
-def load(files: dict[str, Path], device) -> Drift:
-    return Drift(files["model"], device)
+def load(files: dict[str, Path], device) -> DinoScorer:
+    """Scores in 0..2."""
+    return DinoScorer(files["model"], device, OUTPUT, mean_distance)

@@ -9,18 +9,12 @@ from itertools import pairwise
 from pathlib import Path
 
 from transformers import CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from pso.miniature import world
 
 WINDOW = 24  # tokens; every caption of the world fits
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-
-
-def _byte_symbols() -> list[str]:
-    """CLIP's 256 printable stand-ins for bytes, in its order."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [b for b in range(256) if b not in printable]
-    return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
 
 
 def _pieces(word: str, merges: dict[tuple[str, str], int]) -> list[str]:
@@ -49,7 +43,7 @@ def _merges(words: list[str]) -> list[tuple[str, str]]:
 def write_tokenizer(folder: Path, pad: str = EOS) -> CLIPTokenizer:
     """vocab.json, merges.txt and tokenizer_config.json; `pad` as in SDXL: "!" for its second tokenizer."""
     words = sorted({w for caption in world.OF_CAPTION for w in caption.replace(",", " ").replace(":", " ").split()})
-    symbols, merges = _byte_symbols(), _merges(words)
+    symbols, merges = list(bytes_to_unicode().values()), _merges(words)
     tokens = [*symbols, *(s + "</w>" for s in symbols), *("".join(m) for m in merges), BOS, EOS]
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
