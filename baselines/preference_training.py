@@ -184,7 +184,7 @@ def train(config: Config, model_name: str, hub: Hub, results: Path) -> dict:
     fit, entry = config.scale_entry.preference_model, config.models[model_name]
     if fit is None:
         raise ConfigError(f"scales.{config.scale}.preference_model is missing; it is needed to train one.")
-    seed = config.scale_entry.standin.seed
+    seed = config.scale_entry.seed
     chain = chain_for(model_name, entry, entry.tuned_steps)
     policy = load_policy(entry, hub, getattr(torch, config.scale_entry.dtype))
     cache = PairCache(config.scale, model_name, fit.data, results)

@@ -16,6 +16,7 @@ from pso.entries import UNTUNED, Config
 from pso.paths import RESULTS, model_dir, root_of, run_dir, scale_dir
 from pso.provenance import UserError, atomic, sentences
 from pso.runs import jobs
+from pso.steps import Steps
 
 STAGES = {"hub": "stand-in hub", "cache": "latents and embeddings", "run": "tuning"}
 COLUMNS = {"wall_s": "wall s", "cpu_s": "CPU s", "peak_rss_gib": "peak RSS GiB", "unet_forwards": "UNet forwards"}
@@ -27,7 +28,7 @@ def records(config: Config, results: Path) -> list[dict]:
     runs = [job.folder(config.scale, results) / "run.json" for job in wanted if job.method != UNTUNED]
     runs += [  # what stands for checkpoints of others
         run_dir(config.scale, "published", run.model, run.method, 0, results) / "run.json"
-        for name, run in config.scale_entry.standin.published.items()
+        for name, run in Steps(config).published.items()
         if (root / "hub" / f"published_{name}.json").exists()
     ]
     models = [model_dir(config.scale, root_of(job.task), job.model, results) for job in wanted]

@@ -66,6 +66,8 @@ def known(where: str, name: str | None, names: Iterable[str]) -> None:
 
 
 def check_entries(config: Config) -> None:
+    if config.scale_entry.standin is not None and config.scale_entry.random is not None:
+        raise ConfigError(f"scales.{config.scale} has standin and random; expected one of them, or neither.")
     for i, table in enumerate(config.tables):
         known(f"config.tables[{i}]", table, config.table_entries)
     for name, model in config.models.items():

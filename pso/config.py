@@ -133,11 +133,12 @@ def load(overrides: dict | None = None, folder: Path = CONFIG_DIR) -> Config:
             own = entries_of.get(kind, {}).get(name, {})  # what the user asks for goes before the scale's deviation
             entry = merged(merged(raw[kind][name], override), own)
             entries[kind][name] = check(model, entry, f"scales.{scale}.{kind}.{name}")
+    entries["methods"] = _within_budget(entries["methods"], entries["scales"][scale].budget)
     config = check(
         Config,
         {
             "seeds": top.get("seeds"),
-            "tables": top.get("tables"),
+            "tables": _tables(top, overrides, entries["scales"][scale]),
             "scale": scale,
             "scale_entry": entries["scales"][scale],
             "table_entries": entries.pop("tables"),
@@ -150,6 +151,23 @@ def load(overrides: dict | None = None, folder: Path = CONFIG_DIR) -> Config:
             raise unknown_key("config", key, sorted(TOP_LEVEL))
     check_entries(config)
     return config
+
+
+def _tables(top: dict, overrides: dict, scale: ScaleEntry) -> Any:
+    """Those asked for, else the scale's, else config.yaml's."""
+    asked = isinstance(overrides.get("tables"), list)
+    return top.get("tables") if asked or scale.default_tables is None else scale.default_tables
+
+
+def _within_budget(methods: dict, budget: float) -> dict:
+    """Methods with the scale's share of their updates, at least one."""
+    if budget == 1:
+        return methods
+    fewer = {name: max(1, round(budget * method.tune.num_updates)) for name, method in methods.items()}
+    return {
+        name: m.model_copy(update={"tune": m.tune.model_copy(update={"num_updates": fewer[name]})})
+        for name, m in methods.items()
+    }
 
 
 def import_module(dotted: str, field: str):

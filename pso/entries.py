@@ -178,6 +178,25 @@ class DatasetEntry(Strict):
     num_seeds: PositiveInt = 1  # images per prompt, evaluation sets only
 
 
+class RepositoryEntry(Strict):
+    """repositories.yaml: one repository of weights or data as it is published, and what is fetched of it.
+
+    Without a revision the newest commit is looked up once and kept in the lock file (pso/remote.py), never "main".
+    """
+
+    source: Literal["hub_model", "hub_dataset", "github"] = "hub_model"
+    files: list[str]  # globs of what is fetched
+    variant: str | None = None  # of a file that exists in this variant too, as x.fp16.safetensors, it alone is fetched
+    revision: str | None = None  # commit, where it could be looked up
+    sha256: dict[str, str] = {}  # of files, where known; checked after fetching
+    size_gb: PositiveFloat  # of those files, 1e9 bytes
+    licence: str  # as published; "unstated" where the repository says nothing
+    non_commercial: bool = False  # the licence excludes commercial use: said before a run needs it
+    gated: bool = False  # needs an account that accepted its terms, and a token
+    gone: str | None = None  # since when it answers no more, and who says so
+    mirrors: list[str] = []  # repositories seen with the same files; never taken without being asked for
+
+
 class Row(Strict):
     label: str
     model: Name | None = None
@@ -328,13 +347,27 @@ class StandIn(Strict):
     likeness: Likeness
 
 
+class RandomWeights(Strict):
+    """scales.yaml: full-size networks with random weights in the published layout (pso/rehearsal.py)."""
+
+    seed: int = 0
+    sizes: Literal["published", "small"] = "published"  # small: the same files of tiny networks, for tests
+    num_pairs: PositiveInt
+    num_prompts: PositiveInt
+
+
 class ScaleEntry(Strict):
-    """scales.yaml: where weights and data come from, and what differs from the paper's settings."""
+    """scales.yaml: where weights and data come from, and what differs from the paper's settings.
+
+    Weights and data are made by the DAG (`standin`), drawn at random (`random`), or, with neither, fetched.
+    """
 
     caption: str  # what a reader of its tables must know
-    standin: StandIn
+    standin: StandIn | None = None
+    random: RandomWeights | None = None
+    budget: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of every method's updates, at least one
     preference_model: PreferenceModelFit | None = None
-    dtype: Literal["float32"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of frozen weights; LoRA, kernels, evidence and losses: float32
     eval_seed: int = 0
     eval_batch: PositiveInt  # images per network call; a fixed shape, the last batch is padded
     bootstrap_resamples: PositiveInt = 10_000
@@ -343,6 +376,20 @@ class ScaleEntry(Strict):
     metrics: dict[Name, dict[str, Any]] = {}
     datasets: dict[Name, dict[str, Any]] = {}
     tables: dict[Name, dict[str, Any]] = {}
+
+    default_tables: list[Name] | None = None  # what is made unless tables are asked for; None: as in config.yaml
+
+    @property
+    def seed(self) -> int:
+        """Of what the workflow trains beside the runs of tables."""
+        return 0 if self.standin is None else self.standin.seed
+
+    @property
+    def hub(self) -> Literal["standin", "random", "fetched"]:
+        """Where weights and data come from."""
+        if self.standin is not None:
+            return "standin"
+        return "fetched" if self.random is None else "random"
 
 
 class Config(Strict):
@@ -356,6 +403,7 @@ class Config(Strict):
     methods: dict[Name, MethodEntry]
     metrics: dict[Name, MetricEntry]
     datasets: dict[Name, DatasetEntry]
+    repositories: dict[str, RepositoryEntry]
     table_entries: dict[Name, TableEntry]
     claims: dict[Name, ClaimEntry]
 
@@ -366,6 +414,7 @@ ENTRIES = {
     "methods": MethodEntry,
     "metrics": MetricEntry,
     "datasets": DatasetEntry,
+    "repositories": RepositoryEntry,
     "tables": TableEntry,
     "claims": ClaimEntry,
 }

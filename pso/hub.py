@@ -1,7 +1,8 @@
 """Files by repository id: the one door to weights and data.
 
-A hub is a folder that holds repositories under their real ids and file names. The stand-in hub of
-the small scales is such a folder, made by `pso.miniature`; loaders cannot tell it from the real one.
+A hub is a folder that holds repositories under their real ids and file names. The stand-in hub of the small scales
+is such a folder, made by `pso.miniature`, another is filled with published files by `pso.fetch`; loaders cannot tell
+one from the other. A data set may also lie in a folder of the user's own, outside of any hub.
 """
 
 from collections.abc import Iterable
@@ -17,13 +18,17 @@ def hub_dir(scale: str, results: Path = RESULTS) -> Path:
 
 
 def is_outside(repo: str) -> bool:
-    """Whether a data set's `repo` is a path of the user's own and no repository of the hub."""
+    """Whether a data set's `repo` is a folder of the user's own and no repository of the hub."""
     return repo.startswith(("/", "./", "../"))
 
 
 def recorded(entry: DatasetEntry) -> dict:
     """The entry for run.json, which tells of a folder of the user's own only the name."""
-    return entry.model_dump() | ({"repo": Path(entry.repo).resolve().name} if is_outside(entry.repo) else {})
+    return entry.model_dump() | {"repo": _name(entry.repo)}
+
+
+def _name(repo: str) -> str:
+    return Path(repo).resolve().name if is_outside(repo) else repo
 
 
 class Hub:
@@ -35,7 +40,9 @@ class Hub:
 
     def repo(self, repo: str) -> Path:
         """The folder of a repository."""
-        path = self.root / repo
+        path = self._place(repo)
+        if not path.is_dir() and is_outside(repo):
+            raise UserError(f"{repo} is not a folder; correct the `repo` of the data set, or mount what it names.")
         if not path.is_dir():
             raise UserError(f"repository {repo} is not in the hub {self.root}; `{self.command}` makes it.")
         return path
@@ -44,7 +51,7 @@ class Hub:
         path = self.repo(repo) / name
         if not path.is_file():
             raise UserError(f"{repo} has no file {name} in the hub {self.root}; `{self.command}` makes it.")
-        self.used[repo, name] = path
+        self.read(repo, [path])
         return path
 
     def files(self, repo: str, pattern: str) -> list[Path]:
@@ -64,7 +71,11 @@ class Hub:
 
     def read(self, repo: str, paths: Iterable[Path]) -> None:
         """Remember files of a repository that were found by other means."""
-        self.used |= {(repo, str(path.relative_to(self.root / repo))): path for path in paths}
+        name, place = _name(repo), self._place(repo)
+        self.used |= {(name, str(path.relative_to(place))): path for path in paths}
+
+    def _place(self, repo: str) -> Path:
+        return Path(repo) if is_outside(repo) else self.root / repo
 
     def weights(self, repo: str, folder: str = "") -> list[Path]:
         """The safetensors files below a folder of a repository."""

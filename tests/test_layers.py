@@ -28,6 +28,8 @@ TORCH_FREE = [
         f"pso.{name}"
         for name in (
             "checks",
+            "params",
+            "steps",
             "config",
             "entries",
             "provenance",

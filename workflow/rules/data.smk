@@ -3,8 +3,8 @@
 
 rule latents:
     input:
-        lambda w: pair_inputs(w.dataset),
-        lambda w: model_inputs(w.model),
+        lambda w: STEPS.pairs(w.dataset),
+        lambda w: STEPS.model(w.model),
     output:
         f"{BASE}/cache/{{model}}/{{dataset}}.safetensors",
         f"{BASE}/cache/{{model}}/{{dataset}}.json",
@@ -22,7 +22,8 @@ rule latents:
 
 rule embeddings:  # only for methods that compare pair with pair
     input:
-        hub_inputs("data", "clip", "judges"),
+        lambda w: STEPS.pairs(w.dataset),
+        lambda w: STEPS.scorers(w.metric),
     output:
         f"{BASE}/cache/{{metric}}/{{dataset}}.safetensors",
         f"{BASE}/cache/{{metric}}/{{dataset}}.json",
@@ -31,7 +32,7 @@ rule embeddings:  # only for methods that compare pair with pair
     conda:
         "../../envs/pso-bench.yaml"
     params:
-        metric=lambda w: scorer_settings(w.metric),
+        metric=lambda w: scorer_params(CONFIG, w.metric),
         dataset=lambda w: CONFIG.datasets[w.dataset].model_dump(),
         code=lambda w: fingerprint("pso.embeddings", CONFIG.metrics[w.metric].module),
     shell:

@@ -4,8 +4,8 @@
 
 rule generate:
     input:
-        lambda w: data_inputs(*image_sets(w)),
-        lambda w: model_inputs(w.model) + gate_inputs(w.model),
+        lambda w: STEPS.data(*image_sets(w)),
+        lambda w: STEPS.model(w.model) + STEPS.gate(w.model),
         lora_inputs,
     output:
         f"{BASE}/{{task}}/{{model}}/images.json",
@@ -17,7 +17,7 @@ rule generate:
         gpu=1,
     params:
         rows=lambda w: [str(job.images(SCALE)) for job in image_jobs(w)],
-        model=lambda w: model_settings(w.model),
+        model=lambda w: model_params(CONFIG, w.model),
         eval_sets=lambda w: {
             name: CONFIG.datasets[name].model_dump() for name in image_sets(w)
         },
@@ -30,7 +30,7 @@ rule generate:
 rule score:
     input:
         f"{BASE}/{{task}}/{{model}}/images.json",
-        lambda w: scorer_inputs(*metrics(CONFIG, w.task)),
+        lambda w: STEPS.scorers(*metrics(CONFIG, w.task)),
         subject_pictures,
     output:
         f"{BASE}/{{task}}/{{model}}/scores.json",
@@ -42,7 +42,7 @@ rule score:
         gpu=1,
     params:
         metrics=lambda w: {
-            name: scorer_settings(name) for name in metrics(CONFIG, w.task)
+            name: scorer_params(CONFIG, name) for name in metrics(CONFIG, w.task)
         },
         code=lambda w: fingerprint(
             "eval.score", *(CONFIG.metrics[m].loader for m in metrics(CONFIG, w.task))

@@ -1,10 +1,17 @@
-# The stand-in hub: repositories under their real ids, trained from nothing on the procedural world.
+# The stand-in hub of the small scales: repositories under their real ids, trained from nothing on the procedural world.
+
+
+GATE = STANDIN.gate
+
+
+def hub_settings(*names):
+    return STANDIN.model_dump(include={"seed", *names})
 
 
 rule hub:
     input:
-        hub_inputs(*HUB_STEPS),
-        shown_steps(),
+        STEPS.all(),
+        STEPS.shown(),
 
 
 rule hub_vae:
@@ -68,7 +75,7 @@ rule hub_style:
 
 rule hub_judges:
     input:
-        hub_inputs("clip"),
+        STEPS.named("clip"),
     output:
         f"{HUB}/judges.json",
         f"{HUB}/yuvalkirstain/PickScore_v1/model.safetensors",
@@ -86,7 +93,7 @@ rule hub_judges:
 
 rule hub_rewards:
     input:
-        hub_inputs("clip"),
+        STEPS.named("clip"),
     output:
         f"{HUB}/rewards.json",
         f"{HUB}/THUDM/ImageReward/ImageReward.pt",
@@ -105,7 +112,7 @@ rule hub_rewards:
 
 rule hub_teacher:
     input:
-        hub_inputs("vae", "clip"),
+        STEPS.named("vae", "clip"),
     output:
         f"{HUB}/teacher.json",
         f"{HUB}/stabilityai/stable-diffusion-xl-base-1.0/unet/diffusion_pytorch_model.safetensors",
@@ -122,7 +129,7 @@ rule hub_teacher:
 
 rule hub_dmd2:
     input:
-        hub_inputs("teacher"),
+        STEPS.named("teacher"),
     output:
         f"{HUB}/dmd2.json",
         f"{HUB}/tianweiy/DMD2/dmd2_sdxl_4step_unet_fp16.bin",
@@ -139,7 +146,7 @@ rule hub_dmd2:
 
 rule hub_lcm:
     input:
-        hub_inputs("teacher"),
+        STEPS.named("teacher"),
     output:
         f"{HUB}/lcm.json",
         f"{HUB}/latent-consistency/lcm-sdxl/diffusion_pytorch_model.safetensors",
@@ -156,7 +163,7 @@ rule hub_lcm:
 
 rule hub_turbo:
     input:
-        hub_inputs("teacher"),
+        STEPS.named("teacher"),
     output:
         f"{HUB}/turbo.json",
         f"{HUB}/stabilityai/sdxl-turbo/unet/diffusion_pytorch_model.safetensors",
@@ -173,7 +180,7 @@ rule hub_turbo:
 
 rule hub_loras:
     input:
-        hub_inputs("teacher", "dmd2", "lcm"),
+        STEPS.named("teacher", "dmd2", "lcm"),
     output:
         f"{HUB}/loras.json",
         f"{HUB}/tianweiy/DMD2/dmd2_sdxl_4step_lora_fp16.safetensors",
@@ -184,7 +191,9 @@ rule hub_loras:
         "../../envs/pso-bench.yaml"
     params:
         settings=hub_settings("loras"),
-        models={name: model_settings(name, 4) for name in ("sdxl_dmd2", "sdxl_lcm")},
+        models={
+            name: model_params(CONFIG, name, 4) for name in ("sdxl_dmd2", "sdxl_lcm")
+        },
         code=fingerprint("pso.miniature.loras"),
     shell:
         "python -m pso.miniature.loras 2>&1 | tee {log}"
@@ -221,13 +230,13 @@ rule hub_likeness:
         "python -m pso.miniature.likeness 2>&1 | tee {log}"
 
 
-for name, run in PUBLISHED.items():
+for name, run in STEPS.published.items():
 
     rule:  # a checkpoint that others published: here a run of ours on the teacher
         name:
             f"hub_published_{name}"
         input:
-            hub_inputs("teacher"),
+            STEPS.named("teacher"),
             f"{BASE}/published/{run.model}/{run.method}/seed0/lora/{LORA_FILE}",
         output:
             f"{HUB}/published_{name}.json",
@@ -245,8 +254,8 @@ for name, run in PUBLISHED.items():
 
 rule hub_gate:  # before a student is tuned or shown; a change that makes it run again makes those run again too
     input:
-        lambda w: model_inputs(w.model),
-        lambda w: hub_inputs(f"gate_{GATE.teacher}") if w.model != GATE.teacher else [],
+        lambda w: STEPS.model(w.model),
+        lambda w: STEPS.named(f"gate_{GATE.teacher}") if w.model != GATE.teacher else [],
     output:
         f"{HUB}/gate_{{model}}.json",
     log:
@@ -255,8 +264,10 @@ rule hub_gate:  # before a student is tuned or shown; a change that makes it run
         "../../envs/pso-bench.yaml"
     params:
         settings=hub_settings("gate"),
-        model=lambda w: model_settings(
-            w.model, GATE.teacher_steps if w.model == GATE.teacher else GATE.steps
+        model=lambda w: model_params(
+            CONFIG,
+            w.model,
+            GATE.teacher_steps if w.model == GATE.teacher else GATE.steps,
         ),
         code=fingerprint("pso.miniature.gate"),
     shell:

@@ -3,8 +3,8 @@
 
 rule preference_model:
     input:
-        hub_inputs("clip", "judges"),
-        lambda w: model_inputs(w.model),
+        STEPS.scorers("spm_lite"),
+        lambda w: STEPS.model(w.model),
         lambda w: f"{BASE}/cache/{w.model}/{SPM.data}.safetensors",
     output:
         f"{HUB}/preference_model_{{model}}.json",
@@ -17,9 +17,11 @@ rule preference_model:
         gpu=1,
     params:
         settings=SPM.model_dump() if SPM else None,
-        seed=STANDIN.seed,
-        model=lambda w: model_settings(w.model, CONFIG.models[w.model].tuned_steps),
-        scorer=scorer_settings("spm_lite"),
+        seed=CONFIG.scale_entry.seed,
+        model=lambda w: model_params(
+            CONFIG, w.model, CONFIG.models[w.model].tuned_steps
+        ),
+        scorer=scorer_params(CONFIG, "spm_lite"),
         dtype=CONFIG.scale_entry.dtype,
         code=fingerprint("baselines.preference_training"),
     shell:

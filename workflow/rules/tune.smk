@@ -15,18 +15,8 @@ rule tune:
     resources:
         gpu=1,
     params:
-        method=lambda w: method_settings(w.method),
-        model=lambda w: model_settings(w.model, CONFIG.models[w.model].tuned_steps),
-        rewards=lambda w: {
-            m: scorer_settings(m) for m in CONFIG.methods[w.method].metrics
-        },
-        dtype=CONFIG.scale_entry.dtype,
-        code=lambda w: fingerprint(
-            "pso.tune",
-            CONFIG.methods[w.method].module,
-            *source_modules(w.method),
-            *(CONFIG.metrics[m].module for m in CONFIG.methods[w.method].metrics),
-        ),
+        settings=lambda w: run_params(CONFIG, w.model, w.method),
+        code=lambda w: fingerprint(*run_modules(CONFIG, w.method)),
     shell:
         "python -m pso.tune --task {wildcards.task} --model {wildcards.model}"
         " --method {wildcards.method} --seed {wildcards.seed} 2>&1 | tee {log}"

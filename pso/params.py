@@ -1,0 +1,47 @@
+"""Everything that decides a result, and nothing that does not: the params of the workflow's rules. Torch-free.
+
+A job keeps those of its run in run.json, so that `python -m pso.doctor --why RUN` can say what has changed since.
+"""
+
+from typing import Any
+
+from pso.checks import source_of
+from pso.entries import Config
+
+
+def model_params(config: Config, model: str, steps: int | None = None) -> dict[str, Any]:
+    """A model as it is sampled; with `steps`, only on that grid."""
+    found = config.models[model].model_dump(exclude={"title"})
+    if steps is not None:
+        found["grids"] = {steps: found["grids"][steps]}
+    return found
+
+
+def method_params(config: Config, method: str) -> dict[str, Any]:
+    entry = config.methods[method]
+    found = entry.model_dump(exclude={"title": True, "tune": {"checkpoint_every"}})
+    return {**found, "data": config.datasets[entry.data].model_dump()}
+
+
+def scorer_params(config: Config, metric: str) -> dict[str, Any]:
+    """What decides a score; how it is printed does not."""
+    decides = {"module", "implementation", "settings", "checkpoint", "head", "architecture", "compared_with"}
+    return config.metrics[metric].model_dump(include=decides)
+
+
+def run_modules(config: Config, method: str) -> list[str]:
+    """The modules that decide a run's numbers, with all that they import."""
+    entry = config.methods[method]
+    source = source_of(entry.module) or ""
+    own = [source] if ":" in source else []  # pso.tune imports the others
+    return ["pso.tune", entry.module, *own, *(config.metrics[name].module for name in entry.metrics)]
+
+
+def run_params(config: Config, model: str, method: str) -> dict[str, Any]:
+    """Of one tuning run, its code apart."""
+    return {
+        "method": method_params(config, method),
+        "model": model_params(config, model, config.models[model].tuned_steps),
+        "rewards": {name: scorer_params(config, name) for name in config.methods[method].metrics},
+        "dtype": config.scale_entry.dtype,
+    }

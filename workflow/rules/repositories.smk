@@ -1,0 +1,46 @@
+# The hub of the scales that take the published files: one step for each repository that the tables asked for need.
+
+
+rule hub:
+    input:
+        STEPS.all(),
+        STEPS.shown(),
+
+
+def repository_of(slug):
+    """The entry of repositories.yaml, from the name of its step."""
+    return next(name for name in CONFIG.repositories if name.replace("/", "--") == slug)
+
+
+if CONFIG.scale_entry.hub == "fetched":
+
+    rule fetch:  # a cached file is only linked; a broken download goes on where it stopped
+        output:
+            f"{HUB}/repositories/{{slug}}.json",
+        log:
+            f"{BASE}/logs/fetch-{{slug}}.log",
+        conda:
+            "../../envs/pso-bench.yaml"
+        params:
+            repo=lambda w: repository_of(w.slug),
+            entry=lambda w: CONFIG.repositories[repository_of(w.slug)].model_dump(
+                include={"source", "files", "variant", "revision", "sha256"}
+            ),
+        shell:
+            "python -m pso.fetch --repo {params.repo} 2>&1 | tee {log}"
+
+else:
+
+    rule draw_weights:  # the published files at the published sizes, with random numbers in them
+        output:
+            f"{HUB}/repositories/{{slug}}.json",
+        log:
+            f"{BASE}/logs/draw_weights-{{slug}}.log",
+        conda:
+            "../../envs/pso-bench.yaml"
+        params:
+            repo=lambda w: repository_of(w.slug),
+            settings=CONFIG.scale_entry.random.model_dump(),
+            code=fingerprint("pso.rehearsal"),
+        shell:
+            "python -m pso.rehearsal --repo {params.repo} 2>&1 | tee {log}"
