@@ -6,23 +6,12 @@ Torch-free. `pso.config` reads and checks the files.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from pso.standin_entries import Fit, StandIn
+from pso.strict import Name, Strict, WholeNumber
 
 UNTUNED = "untuned"  # the method of a row in which nothing was trained
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-
-
-def _whole(value: Any) -> Any:
-    """JSON makes text of a mapping's keys, and Snakemake's command line of the numbers in a list."""
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
-
-
-WholeNumber = Annotated[int, BeforeValidator(_whole)]
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
 
 # ---- what methods take (each method's own Config derives from one of these) ----
 
@@ -254,21 +243,6 @@ class ClaimEntry(Strict):
     share: PositiveFloat | None = None
 
 
-class Fit(Strict):
-    """One training of the stand-in hub."""
-
-    num_steps: PositiveInt
-    batch_size: PositiveInt
-    learning_rate: PositiveFloat
-
-
-class Distil(Fit):
-    critic_learning_rate: PositiveFloat
-    guidance_scale: PositiveFloat
-    num_solutions: PositiveInt  # teacher trajectories for the warm start
-    warm_start: Fit
-
-
 class PreferenceModelFit(Fit):
     """SPO's step-aware preference model, on a distilled model's predictions (baselines/preference_training.py)."""
 
@@ -276,75 +250,6 @@ class PreferenceModelFit(Fit):
     num_pairs: PositiveInt  # the first so many; a tenth of their prompts is held out
     layers: PositiveInt = 4  # vision layers that know the time, from the last
     weight_decay: Annotated[float, Field(ge=0)]
-
-
-class Consistency(Fit):
-    num_images: PositiveInt
-    guidance_scales: list[PositiveFloat]  # the range from which the teacher's guidance is drawn
-    num_jumps: PositiveInt  # times of LCM's grid of 50 that one solver step skips
-
-
-class Adversarial(Fit):
-    critic_learning_rate: PositiveFloat
-    guidance_scale: PositiveFloat
-    num_solutions: PositiveInt  # teacher trajectories for the warm start
-    warm_start: Fit
-
-
-class RewardFit(Fit):
-    """Of ImageReward's ranking, and of what comes before it (pso/miniature/rewards.py)."""
-
-    sees: Fit
-    reads: Fit
-
-
-class Likeness(Strict):
-    clip: Fit
-    dino: Fit
-
-
-class Gate(Strict):
-    """How often students of a few steps must draw what they are asked for, against the teacher."""
-
-    teacher: Name = "sdxl"
-    teacher_steps: PositiveInt = 50
-    steps: PositiveInt = 4
-    num_images: PositiveInt  # per model
-    least_share: Annotated[float, Field(ge=0)]  # of the teacher's accuracy
-
-
-class Published(Strict):
-    """A run of ours that stands for a checkpoint which others published; with seed 0."""
-
-    model: Name
-    method: Name
-    repo: str
-    file: str | None = None  # of the LoRA; without it the whole UNet is written, as a diffusers folder
-    subfolder: str | None = None  # of that folder
-
-
-class StandIn(Strict):
-    """scales.yaml: how the stand-in hub is made."""
-
-    seed: int = 0
-    num_images: PositiveInt
-    num_pairs: PositiveInt
-    num_prompts: dict[str, PositiveInt]
-    num_style_pictures: PositiveInt = 144
-    vae: Fit
-    clip: Fit
-    pick_score: Fit
-    aesthetic: Fit
-    image_reward: RewardFit
-    hps: Fit
-    teacher: Fit
-    dmd2: Distil
-    lcm: Consistency
-    turbo: Adversarial
-    loras: Fit
-    published: dict[Name, Published] = {}
-    gate: Gate
-    likeness: Likeness
 
 
 class RandomWeights(Strict):

@@ -29,6 +29,8 @@ TORCH_FREE = [
         for name in (
             "checks",
             "params",
+            "strict",
+            "standin_entries",
             "steps",
             "config",
             "entries",

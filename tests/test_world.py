@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 from transformers import CLIPTokenizer
 
-from pso.entries import Fit
 from pso.miniature import data, oracle, world
 from pso.miniature.common import Average, learning_rate, pixels, steps
 from pso.miniature.text import BOS, EOS, WINDOW, write_tokenizer
 from pso.miniature.vae import SCALING_FACTOR, new_vae, standardise
+from pso.standin_entries import Fit
 
 FIELDS = ("shape", "colour", "background", "position")
 

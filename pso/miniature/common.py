@@ -14,10 +14,10 @@ import transformers
 from torch import Tensor
 
 from pso.config import add_arguments, from_arguments
-from pso.entries import Fit
 from pso.hub import Hub, hub_dir
 from pso.paths import RESULTS
 from pso.provenance import Meter, record, sentences, write_json
+from pso.standin_entries import Fit
 
 log = logging.getLogger("hub")
 

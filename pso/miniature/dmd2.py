@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pso.entries import Config, Fit, ModelEntry
+from pso.entries import Config, ModelEntry
 from pso.hub import Hub
 from pso.mdp import Renoise, sdxl_alphas_cumprod
 from pso.miniature import world
@@ -21,6 +21,7 @@ from pso.miniature.common import DMD2, SDXL, Average, job, log, steps
 from pso.miniature.teacher import call, encoded, noised
 from pso.models import load_policy
 from pso.policy import Conditioning
+from pso.standin_entries import Fit
 
 GRID = [999, 749, 499, 249]  # DMD2's own; LCMScheduler's default differs
 ODE_STEPS = {999: 12, 749: 10, 499: 8, 249: 5}  # of the teacher's DDIM from a time down to 0

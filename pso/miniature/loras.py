@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pso.entries import Config, Fit
+from pso.entries import Config
 from pso.hub import Hub
 from pso.mdp import Chain
 from pso.miniature.common import DMD2_LORA, LCM_LORA, job, log, steps
@@ -19,6 +19,7 @@ from pso.miniature.distil import TEXTS, every_text, load_teacher
 from pso.models import chain_for, load_policy
 from pso.policy import ADAPTER, Policy
 from pso.rollout import rollouts
+from pso.standin_entries import Fit
 
 RANK, ALPHA = 32, 4  # of the real files 64 and 8; the stand-in's layers have 48 channels and more
 TARGETS = [  # DMD2's extract_lora_module.py

@@ -8,13 +8,14 @@ Which run stands for which checkpoint is an entry of scales.yaml (`published`).
 import shutil
 
 from pso.config import ConfigError
-from pso.entries import Config, Published
+from pso.entries import Config
 from pso.hub import Hub
 from pso.miniature.common import job, log
 from pso.models import load_policy
 from pso.paths import LORA_FILE, run_dir
 from pso.policy import ADAPTER
 from pso.provenance import UserError, atomic
+from pso.standin_entries import Published
 
 TASK = "published"
 

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from pso.config import import_module
-from pso.entries import Config, Fit
+from pso.entries import Config
 from pso.hub import Hub
 from pso.miniature import world
 from pso.miniature.clip import clip_input, features, noisy
 from pso.miniature.common import job, log, pixels, steps
 from pso.miniature.data import OPTIONS, mistaken, pairs
 from pso.miniature.judges import HELD_OUT, NOISE, agreement, new_head, tune_on_pairs, unpack
+from pso.standin_entries import Fit
 
 IMAGE_REWARD, BERT, HPS = "THUDM/ImageReward", "bert-base-uncased", "xswu/HPSv2"
 WIDTH, TEXT_WIDTH, PROJECTION = 128, 64, 16
