@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from pydantic import PositiveFloat
 from torch import Tensor
 
+from pso.entries import Strict
 from pso.evidence import Batch, Evidence
-from pso.strict import Strict
 
 SOURCE = "PreferencePairs"
 NEEDS_PRE = False

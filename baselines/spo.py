@@ -19,8 +19,8 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from pso.entries import Strict
 from pso.evidence import Batch, Evidence, clip_ratio, log_sigmoid_loss
-from pso.strict import Strict
 
 SOURCE = "pso.stepwise:StepwisePairs"
 NEEDS_PRE = True
