@@ -8,7 +8,7 @@ import difflib
 import json
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from pso.provenance import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA_DIR = ROOT / "workflow" / "schemas"
+OUTSIDE = ("/", "./", "../")  # how a folder of the user's own begins, in place of a repository
 NUM_TIMES = 1000  # of SDXL's schedule: t = 0..999
 STOCHASTIC = ("renoise", "ancestral")  # samplers whose transitions have a density
 
@@ -68,6 +69,8 @@ def known(where: str, name: str | None, names: Iterable[str]) -> None:
 def check_entries(config: Config) -> None:
     if config.scale_entry.standin is not None and config.scale_entry.random is not None:
         raise ConfigError(f"scales.{config.scale} has standin and random; expected one of them, or neither.")
+    if config.scale_entry.hub != "standin":
+        check_repositories(config)
     for i, table in enumerate(config.tables):
         known(f"config.tables[{i}]", table, config.table_entries)
     for name, model in config.models.items():
@@ -88,6 +91,32 @@ def check_entries(config: Config) -> None:
         check_source(config, name, method)
     for name, table in config.table_entries.items():
         check_subjects(config, name, table)
+
+
+def check_repositories(config: Config) -> None:
+    """Whatever is not made by the workflow has an entry that says what is fetched of it and on which terms."""
+    entries = config.repositories
+    named = {*entries, *(mirror for entry in entries.values() for mirror in entry.mirrors)}
+    for field, repo in _repositories(config):
+        if repo is not None and not repo.startswith(OUTSIDE) and repo not in named:
+            raise ConfigError(
+                f"{field} is {shown(repo)}, which has no entry in repositories.yaml; add one: its files, size_gb and "
+                "licence."
+            )
+
+
+def _repositories(config: Config) -> Iterator[tuple[str, str | None]]:
+    for name, model in config.models.items():
+        parts = {"unet": model.unet} | {f"deltas[{i}]": delta for i, delta in enumerate(model.deltas)}
+        parts |= {f"loras[{i}]": lora for i, lora in enumerate(model.loras)}
+        yield from ((f"models.{name}.{field}", getattr(model, field)) for field in ("base", "vae"))
+        yield from ((f"models.{name}.{field}.repo", part.repo) for field, part in parts.items() if part is not None)
+        yield from ((f"models.{name}.deltas[{i}].minus", delta.minus) for i, delta in enumerate(model.deltas))
+    for name, metric in config.metrics.items():
+        for field, part in metric.checkpoints.items():
+            yield f"metrics.{name}.{field}.repo", part.repo
+            yield f"metrics.{name}.{field}.processor", part.processor
+    yield from ((f"datasets.{name}.repo", dataset.repo) for name, dataset in config.datasets.items())
 
 
 # ---- models ----

@@ -134,11 +134,12 @@ def load(overrides: dict | None = None, folder: Path = CONFIG_DIR) -> Config:
             entry = merged(merged(raw[kind][name], override), own)
             entries[kind][name] = check(model, entry, f"scales.{scale}.{kind}.{name}")
     entries["methods"] = _within_budget(entries["methods"], entries["scales"][scale].budget)
+    asked = top.get("tables")
     config = check(
         Config,
         {
             "seeds": top.get("seeds"),
-            "tables": _tables(top, overrides, entries["scales"][scale]),
+            "tables": entries["scales"][scale].default_tables if asked is None else asked,
             "scale": scale,
             "scale_entry": entries["scales"][scale],
             "table_entries": entries.pop("tables"),
@@ -151,12 +152,6 @@ def load(overrides: dict | None = None, folder: Path = CONFIG_DIR) -> Config:
             raise unknown_key("config", key, sorted(TOP_LEVEL))
     check_entries(config)
     return config
-
-
-def _tables(top: dict, overrides: dict, scale: ScaleEntry) -> Any:
-    """Those asked for, else the scale's, else config.yaml's."""
-    asked = isinstance(overrides.get("tables"), list)
-    return top.get("tables") if asked or scale.default_tables is None else scale.default_tables
 
 
 def _within_budget(methods: dict, budget: float) -> dict:

@@ -282,7 +282,7 @@ class ScaleEntry(Strict):
     datasets: dict[Name, dict[str, Any]] = {}
     tables: dict[Name, dict[str, Any]] = {}
 
-    default_tables: list[Name] | None = None  # what is made unless tables are asked for; None: as in config.yaml
+    default_tables: list[Name]  # what is made unless config.tables names others
 
     @property
     def seed(self) -> int:

@@ -8,6 +8,7 @@ one from the other. A data set may also lie in a folder of the user's own, outsi
 from collections.abc import Iterable
 from pathlib import Path
 
+from pso.checks import OUTSIDE
 from pso.entries import DatasetEntry
 from pso.paths import RESULTS, scale_dir
 from pso.provenance import UserError, sha256_of
@@ -19,7 +20,7 @@ def hub_dir(scale: str, results: Path = RESULTS) -> Path:
 
 def is_outside(repo: str) -> bool:
     """Whether a data set's `repo` is a folder of the user's own and no repository of the hub."""
-    return repo.startswith(("/", "./", "../"))
+    return repo.startswith(OUTSIDE)
 
 
 def recorded(entry: DatasetEntry) -> dict:

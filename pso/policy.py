@@ -83,6 +83,7 @@ class Policy:
         processors = {type(p).__name__ for p in self.unet.attn_processors.values()}
         return {
             "dtype": str(self.unet.dtype).removeprefix("torch."),
+            "vae_dtype": str(self.pipeline.vae.dtype).removeprefix("torch."),
             "allow_tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32},
             "attention": sorted(processors),
         }
@@ -141,8 +142,11 @@ class Policy:
                 shown.to(dtype),
                 t,
                 timestep_cond=self._told(shown, dtype),
-                encoder_hidden_states=condition.hidden.to(dtype),
-                added_cond_kwargs={"text_embeds": condition.pooled.to(dtype), "time_ids": time_ids.to(dtype)},
+                encoder_hidden_states=condition.hidden.to(shown.device, dtype),
+                added_cond_kwargs={
+                    "text_embeds": condition.pooled.to(shown.device, dtype),
+                    "time_ids": time_ids.to(dtype),
+                },
             ).sample
 
     def _told(self, shown: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -187,6 +191,10 @@ class Policy:
             )
         for parameter in self.lora_parameters():
             parameter.data = parameter.data.float()
+
+    def gradient_checkpointing(self, on: bool) -> None:
+        """Form most activations once more in the backward pass instead of keeping them."""
+        (self.unet.enable_gradient_checkpointing if on else self.unet.disable_gradient_checkpointing)()
 
     def lora_parameters(self) -> list[torch.nn.Parameter]:
         return [p for name, p in self.unet.named_parameters() if f".{ADAPTER}." in name]

@@ -10,7 +10,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +29,7 @@ from pso.evidence import Batch, Evidence, Side, gather
 from pso.hub import Hub, hub_dir, recorded
 from pso.journal import Journal
 from pso.mdp import Chain
+from pso.memory import Plan, choose, sample_batch
 from pso.models import chain_for, load_metric, load_policy
 from pso.paths import LORA_FILE, RESULTS, run_dir, subject_of
 from pso.policy import Conditioning, Policy
@@ -56,6 +57,7 @@ class Objective:
     policy: Policy
     chain: Chain
     micro_batch: int
+    plan: Plan | None = None  # of the memory, made at the first update
 
     def evidence_cfg(self) -> EvidenceConfig:
         fields = {k: v for k, v in self.cfg.model_dump().items() if k in EvidenceConfig.model_fields}
@@ -101,7 +103,9 @@ class Objective:
         sides = [flatten(s) for s in batch.sides]
         prompts = batch.prompts.repeat_interleave(batch.target.n.shape[1]).repeat(len(sides))
         rows = len(prompts)
-        if rows <= self.micro_batch:
+        if self.plan is None:
+            self.plan = choose(self.policy, self.chain, condition, rows, self.micro_batch)
+        if rows <= self.plan.micro_batch:
             with_rows = condition.rows(prompts)
             value, logged = self.loss(self.evidence(sides, with_rows, self.pre(sides, with_rows)), batch)
             value.backward()
@@ -111,9 +115,9 @@ class Objective:
     def _two_passes(self, sides, prompts, condition, batch) -> tuple[float, dict]:
         per_side = len(prompts) // len(sides)
         chunks = [  # (side, first row, its rows)
-            (k, start, side.rows(slice(start, start + self.micro_batch)))
+            (k, start, side.rows(slice(start, start + self.plan.micro_batch)))
             for k, side in enumerate(sides)
-            for start in range(0, per_side, self.micro_batch)
+            for start in range(0, per_side, self.plan.micro_batch)
         ]
         conditions = [condition.rows(prompts[start : start + len(c.n)]) for _, start, c in chunks]
         pres, found = [], [[] for _ in sides]
@@ -188,7 +192,13 @@ def prepare(run: Run, hub: Hub, device: torch.device) -> tuple[ModuleType, sourc
     }
     reward = metrics.get(entry.reward)
     given = sources.Given(
-        policy, chain, cfg, run.seed, entry.tune.batch_size, reward=reward, micro_batch=entry.tune.micro_batch
+        policy,
+        chain,
+        cfg,
+        run.seed,
+        entry.tune.batch_size,
+        reward=reward,
+        micro_batch=sample_batch(policy, entry.tune.micro_batch),
     )
     give_data(given, config, run.model, entry, subject_of(run.task), hub, run.results)
     shown = min(entry.tune.probe_prompts, len(given.prompts))
@@ -297,7 +307,9 @@ def tune(run: Run, accelerator: Accelerator) -> None:
     meter.counts = {"unet_forwards": policy.unet_forwards}
     if hasattr(source, "reward_queries"):
         meter.counts["reward_queries"] = source.reward_queries
-    about = {"resumed_at": checkpoints.resumed_at, "final": journal.last, **outcome(run, given, source)}
+    memory = None if objective.plan is None else asdict(objective.plan) | {"sample_batch": given.micro_batch}
+    about = {"resumed_at": checkpoints.resumed_at, "final": journal.last, "memory": memory}
+    about |= outcome(run, given, source)
     write_json(run.folder / "run.json", record("tune", settings, inputs, meter, **about))
     with atomic(run.folder / "config.yaml") as part:
         part.write_text(yaml.safe_dump(settings, sort_keys=False))

@@ -132,7 +132,7 @@ def test_a_missing_key_is_named(tmp_path, kind):
     assert text == f"{kind}.{FIRST[kind]}.{key} is missing; it is needed."
 
 
-@pytest.mark.parametrize("key", ["scale", "seeds", "tables"])
+@pytest.mark.parametrize("key", ["scale", "seeds"])
 def test_a_missing_key_of_config_yaml_is_named(tmp_path, key):
     text = refusal(folder=folder_with(tmp_path, "config", renamed("config", key, f"{key}x", top=True)))
     assert text.startswith(f"config.{key} is ")
