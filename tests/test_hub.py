@@ -1,0 +1,60 @@
+"""The one door to files: folders outside of the hub, and digests of fetched files that are not read again."""
+
+import json
+import os
+
+import pytest
+
+from pso.entries import DatasetEntry
+from pso.hub import Hub, recorded
+from pso.provenance import UserError, sha256_of
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """One fetched repository whose step file tells a digest that only a reader of that file can know."""
+    file = tmp_path / "me" / "model" / "weights.bin"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"12345")
+    step = tmp_path / "repositories" / "me--model.json"
+    step.parent.mkdir()
+    step.write_text(json.dumps({"files": [{"file": "weights.bin", "size": 5, "sha256": "checked then"}]}))
+    os.utime(file, ns=(0, step.stat().st_mtime_ns - 1))
+    return Hub(tmp_path)
+
+
+def digest(hub: Hub) -> str:
+    hub.file("me/model", "weights.bin")
+    return hub.inputs()[0]["sha256"]
+
+
+def test_a_fetched_file_is_not_read_again(hub):
+    assert digest(hub) == "checked then"
+
+
+@pytest.mark.parametrize("change", ["later", "size", "unknown", "no step"])
+def test_a_file_that_may_have_changed_is_read(hub, change):
+    file, step = hub.root / "me" / "model" / "weights.bin", hub.root / "repositories" / "me--model.json"
+    if change == "later":
+        file.write_bytes(b"54321")  # the same size
+    elif change == "size":
+        file.write_bytes(b"1234567")
+        os.utime(file, ns=(0, 0))
+    elif change == "unknown":
+        step.write_text(json.dumps({"files": []}))
+    else:
+        step.unlink()
+    assert digest(hub) == sha256_of(file)
+
+
+def test_a_folder_of_ones_own_is_told_by_its_name_alone(tmp_path):
+    folder = tmp_path / "secret" / "pickapic"
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "train-0.parquet").write_bytes(b"x")
+    entry = DatasetEntry(format="preference_parquet", repo=str(folder), files="data/*.parquet")
+    hub = Hub(tmp_path / "nowhere")
+    assert hub.files(entry.repo, entry.files) == [folder / "data" / "train-0.parquet"]
+    told = json.dumps([hub.inputs(), recorded(entry)])
+    assert "secret" not in told and '"repo": "pickapic"' in told
+    with pytest.raises(UserError, match="is not a folder"):
+        hub.files(str(tmp_path / "gone"), "*")
