@@ -9,8 +9,6 @@ Deviation: a picture is read from 8 bits, as every scorer here does; the authors
 """
 
 import copy
-import pickle
-import re
 from pathlib import Path
 
 import torch
@@ -23,13 +21,10 @@ from transformers import CLIPModel
 from baselines.preference_model import modulated_features
 from eval.clip_model import ClipScorer, load_clip
 from eval.transforms import normalise, to_tensor
+from pso import state_dicts
 
+FORGIVEN = "position_ids"  # buffers of old files
 FREQUENCIES = 256  # numbers of the sinusoid
-PLACES = {  # the authors' names -> ours; all other keys are CLIPModel's own
-    r"t_embedder\.mlp\.(\d)\.": r"time.\1.",
-    r"vision_model\.encoder\.layers\.(\d+)\.adaLN_modulation\.1\.": r"adaptive.\1.",
-    r"vision_model\.adaLN_modulation\.1\.": "last.",
-}
 
 
 class Modulation(nn.Module):
@@ -87,24 +82,28 @@ def load(files: dict[str, Path], device) -> ReleasedScorer:
     model = copy.deepcopy(load_clip(files["model"], "gelu", device))  # PickScore's own stays as it is
     base = ClipScorer(model, files["processor"], "clip_pil224", {})
     modulation = Modulation(base.model)
+    path = files["head"]
     try:
-        state = torch.load(files["head"], map_location="cpu", weights_only=True)
-        clip, own = sorted_out(state)
-        base.model.load_state_dict(clip, strict=True)
-        modulation.load_state_dict(own, strict=True)
-    except (RuntimeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{files['head']} is not the authors' preference model ({first}); fetch it again") from error
+        state = {key: value for key, value in state_dicts.read(path).items() if not key.endswith(FORGIVEN)}
+        state_dicts.check(state, published(base.model, modulation), path)
+    except ValueError as error:
+        raise ValueError(f"{path} is not the authors' preference model ({error}); fetch it again") from error
+    base.model.load_state_dict({key: state[f"model.{key}"] for key in base.model.state_dict()})
+    modulation.load_state_dict({key: state[f"model.{their_name(key)}"] for key in modulation.state_dict()})
     return ReleasedScorer(base, modulation.to(device).eval().requires_grad_(False))
 
 
-def sorted_out(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """CLIPModel's part of the file and the modulation's, each under its own names."""
-    clip, own = {}, {}
-    for key, value in state.items():
-        name = key.removeprefix("model.")
-        if name.endswith("position_ids"):  # a buffer of old files
-            continue
-        place = next((re.sub(old, new, name) for old, new in PLACES.items() if re.match(old, name)), None)
-        (clip if place is None else own)[place or name] = value.float()
-    return clip, own
+def published(clip: CLIPModel, modulation: Modulation) -> dict[str, Tensor]:
+    """What the file holds, by its own names."""
+    own = {their_name(key): value for key, value in modulation.state_dict().items()}
+    return {f"model.{key}": value for key, value in {**clip.state_dict(), **own}.items()}
+
+
+def their_name(key: str) -> str:
+    """The authors' name of a tensor of Modulation."""
+    if key.startswith("time."):
+        return key.replace("time.", "t_embedder.mlp.")
+    place = "vision_model."
+    if key.startswith("adaptive."):
+        place += f"encoder.layers.{key.split('.')[1]}."
+    return f"{place}adaLN_modulation.1.{key.rpartition('.')[2]}"

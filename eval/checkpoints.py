@@ -6,6 +6,8 @@ from weakref import WeakValueDictionary
 import torch
 from transformers import PreTrainedModel
 
+from pso.state_dicts import from_transformers
+
 _loaded: WeakValueDictionary = WeakValueDictionary()  # class, files as they are, device -> model, while one is held
 
 
@@ -14,21 +16,7 @@ def whole(of: type[PreTrainedModel], folder: Path, device, forgiven: str = "", *
     at random, or has no place in the network, unless its name ends in `forgiven`."""
     key = (of, *_files_as_they_are(folder), str(device))
     if key not in _loaded:
-        model, info = of.from_pretrained(
-            folder,
-            local_files_only=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-            use_safetensors=True,
-            **options,
-        )
-        missing = sorted(info["missing_keys"])
-        unknown = sorted(k for k in info["unexpected_keys"] if not (forgiven and k.endswith(forgiven)))
-        if missing or unknown:
-            raise ValueError(
-                f"weights in {folder} lack {missing[:2]} and have {unknown[:2]} in excess (the first two of "
-                f"{len(missing)} and {len(unknown)}); fetch the checkpoint again"
-            )
+        model = from_transformers(of, folder, torch.float32, forgiven, **options)
         _loaded[key] = model = model.to(device).eval()
     return _loaded[key]
 

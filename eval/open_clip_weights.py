@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from eval.state_dicts import check
+from pso.state_dicts import check
 
 NAMES = (  # transformers' -> open_clip's, in this order
     (r"^vision_model\.embeddings\.class_embedding$", "visual.class_embedding"),

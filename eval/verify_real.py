@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from eval import affine, state_dicts
+from eval import affine
+from pso import state_dicts
 from pso.config import published
 from pso.entries import MetricEntry
 from pso.hub import Hub

@@ -1,30 +1,25 @@
 """One entry of models.yaml -> a loaded policy and its sampler."""
 
 import inspect
-import pickle
-from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
-from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor
+from diffusers import StableDiffusionXLPipeline
 
-from pso import mdp
+from pso import mdp, state_dicts, weights
 from pso.config import ConfigError, import_module
-from pso.entries import Checkpoint, Delta, Lora, MetricEntry, ModelEntry, UNetSource
+from pso.entries import Checkpoint, MetricEntry, ModelEntry, UNetSource
 from pso.hub import Hub
+from pso.lora_files import fuse_loras
 from pso.policy import Policy
 from pso.provenance import UserError, fingerprint, sha256_of
+from pso.weights import BROKEN
 
 SAMPLERS = {"renoise": mdp.Renoise, "ancestral": mdp.Ancestral, "ddim": mdp.Ddim, "euler": mdp.Euler}
-# what the loaders raise on a missing, cut or foreign file
-BROKEN = (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
 # a tokenizer's files, as far as a repository has them
 TOKENIZER = (
     *("vocab.json", "merges.txt", "vocab.txt"),
@@ -62,18 +57,20 @@ def load_policy(
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # one line per small file says nothing
     hub.repo(entry.base)  # asked for first: it is what an empty hub is told to lack
-    parts = {}
-    if entry.vae is not None:
-        parts["vae"] = _pretrained(AutoencoderKL, entry.vae, hub, dtype=dtype)
-    options = {"use_safetensors": True, "local_files_only": True, "add_watermarker": False}
-    exact = {"unet": torch.float32, "default": dtype} if entry.deltas or entry.loras else dtype
-    pipeline = _pretrained(StableDiffusionXLPipeline, entry.base, hub, dtype=exact, **options, **parts)
+    source = entry.unet or UNetSource(repo=entry.base, subfolder="unet")
+    unet = weights.load_unet(hub, source, entry.base, torch.float32 if entry.deltas or entry.loras else dtype)
+    vae = (entry.base, "vae") if entry.vae is None else (entry.vae, None)
+    parts = {
+        "unet": unet,
+        "vae": weights.load_vae(hub, *vae, dtype),
+        **weights.load_text_encoders(hub, entry.base, dtype),
+    }
+    pipeline = weights.from_hub(entry.base, hub, partial(_assembled, hub.repo(entry.base), parts))
     pipeline.set_progress_bar_config(disable=True)
-    check_tokenizers(pipeline)
-    if entry.unet is not None:
-        load_unet(pipeline, hub, entry.unet)
+    weights.check_tokenizers(pipeline)
+    weights.check_base(pipeline, hub, entry.base, vae[0])
     for i, delta in enumerate(entry.deltas):
-        add_delta(pipeline, hub, delta, f"models.{name}.deltas[{i}]")
+        weights.add_delta(unet, hub, delta, f"models.{name}.deltas[{i}]")
     fuse_loras(pipeline, hub, entry.loras, f"models.{name}.loras")
     if pipeline.unet.dtype != dtype:
         pipeline.unet.to(dtype)
@@ -81,112 +78,12 @@ def load_policy(
     return Policy(pipeline.to(device), entry.resolution, entry.guidance_scale, entry.guidance_embedding, name)
 
 
-def _pretrained(loader, repo: str, hub: Hub, **options):
-    """loader.from_pretrained on a repository of the hub, or a sentence that names what is wrong with its files."""
-    folder, weights = hub.repo(repo), hub.weights(repo, options.get("subfolder") or "")
-    try:
-        return loader.from_pretrained(folder, **options)
-    except BROKEN as error:
-        reason = _reason(error, weights)
-        raise UserError(f"{repo} in the hub {hub.root} cannot be loaded ({reason}); fetch it again.") from error
-
-
-def _reason(error: Exception, read: Iterable[Path]) -> str:
-    """What a loader raised, in one line; not every loader says which file was cut off."""
-    cut = next((path for path in read if path.suffix == ".safetensors" and not _opens(path)), None)
-    return f"{cut} is cut off or empty" if cut else " ".join(str(error).split()).rstrip(".")
-
-
-def _opens(path: Path) -> bool:
-    try:
-        with safe_open(path, "pt"):
-            return True
-    except (OSError, SafetensorError):
-        return False
-
-
-# ---- another UNet, differences of UNets, LoRAs ----
-
-
-def load_unet(pipeline: StableDiffusionXLPipeline, hub: Hub, source: UNetSource) -> None:
-    """Put a distilled UNet in place of the base's: a state dict, every key of which must match, or a folder."""
-    if source.file is None:
-        pipeline.register_modules(unet=_unet(source, hub, pipeline.unet.dtype))
-        return
-    path, state = _state_dict(source, hub)
-    try:
-        pipeline.unet.load_state_dict(state, strict=True)
-    except BROKEN as error:
-        raise _not_a_unet(path, error) from error
-
-
-def _unet(source: UNetSource, hub: Hub, dtype: torch.dtype) -> UNet2DConditionModel:
-    options = {"use_safetensors": True, "local_files_only": True}
-    if source.subfolder is not None:
-        options["subfolder"] = source.subfolder
-    return _pretrained(UNet2DConditionModel, source.repo, hub, dtype=dtype, **options)
-
-
-def _state_dict(source: UNetSource, hub: Hub) -> tuple[Path, dict[str, Tensor]]:
-    path = hub.file(source.repo, source.file)
-    try:
-        if path.suffix == ".safetensors":
-            return path, load_file(path)
-        return path, torch.load(path, map_location="cpu", weights_only=True)
-    except BROKEN as error:
-        raise _not_a_unet(path, error) from error
-
-
-def _not_a_unet(path: Path, error: Exception) -> UserError:
-    first = str(error).strip().splitlines()[0]
-    return UserError(f"{path} is not a state dict of the base's UNet ({first}); fetch it again.")
-
-
-@torch.no_grad()
-def add_delta(pipeline: StableDiffusionXLPipeline, hub: Hub, delta: Delta, field: str) -> None:
-    """Add scale * (plus - minus); what only the pipeline's UNet has, as LCM's guidance embedding, stays as it is."""
-    minus = _unet(UNetSource(repo=delta.minus, subfolder="unet"), hub, torch.float32).state_dict()
-    plus = _unet(delta, hub, torch.float32).state_dict() if delta.file is None else _state_dict(delta, hub)[1]
-    own = pipeline.unet.state_dict()
-    for key in sorted(plus.keys() ^ minus.keys()):
-        raise UserError(f"{field} is a difference of UNets of two kinds: only one of them has {key}.")
-    for key, value in plus.items():
-        if key not in own or not own[key].shape == value.shape == minus[key].shape:
-            raise UserError(f"{field} does not fit the model's UNet: {key} is missing or of another shape.")
-        own[key].add_(delta.scale * (value.float() - minus[key]))
-
-
-def fuse_loras(pipeline: StableDiffusionXLPipeline, hub: Hub, loras: list[Lora], field: str) -> None:
-    """Through the pipeline's own door, which applies each file's alpha; then into the weights, so that pre has them."""
-    names = [f"part{i}" for i in range(len(loras))]
-    for i, (lora, name) in enumerate(zip(loras, names, strict=True)):
-        path = hub.file(lora.repo, lora.file)
-        try:
-            pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
-            with safe_open(path, "pt") as file:
-                stored = sum(key.endswith(".weight") for key in file.keys())  # noqa: SIM118
-        except BROKEN as error:
-            raise UserError(f"{field}[{i}] cannot be loaded ({_reason(error, [path])}); fetch it again.") from error
-        found = len(get_peft_model_state_dict(pipeline.unet, adapter_name=name))
-        if found != stored:
-            raise UserError(
-                f"{field}[{i}] has {stored} tensors in {path}, but {found} fit the UNet; is it for another model?"
-            )
-    if names:
-        pipeline.set_adapters(names, [lora.scale for lora in loras])
-        pipeline.fuse_lora(components=["unet"], adapter_names=names)
-        pipeline.unload_lora_weights()
-
-
-def check_tokenizers(pipeline: StableDiffusionXLPipeline) -> None:
-    """A missing vocabulary loads silently as a tokenizer of two words; its text encoder knows better."""
-    for kind in ("", "_2"):
-        tokenizer, encoder = getattr(pipeline, f"tokenizer{kind}"), getattr(pipeline, f"text_encoder{kind}")
-        if len(tokenizer) != encoder.config.vocab_size:
-            raise UserError(
-                f"tokenizer{kind} has {len(tokenizer)} tokens and text_encoder{kind} has {encoder.config.vocab_size}; "
-                "a file of the tokenizer is missing or from another model: fetch the base model again."
-            )
+def _assembled(folder: Path, parts: dict) -> StableDiffusionXLPipeline:
+    """The pipeline's tokenizers and scheduler, with networks that are loaded already."""
+    of = StableDiffusionXLPipeline
+    if (found := state_dicts.read_json(folder / "model_index.json").get("_class_name")) != of.__name__:
+        raise ValueError(f"{folder}/model_index.json is of a {found}; expected {of.__name__}")
+    return of.from_pretrained(folder, local_files_only=True, add_watermarker=False, **parts)
 
 
 def load_metric(name: str, entry: MetricEntry, hub: Hub, device, model: str | None = None):
@@ -206,7 +103,7 @@ def load_metric(name: str, entry: MetricEntry, hub: Hub, device, model: str | No
     except UserError:  # says itself what is wrong
         raise
     except BROKEN as error:  # a file of another model, or a broken one
-        reason = _reason(error, own.used.values())
+        reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"metrics.{name} cannot be loaded ({reason}); fetch its files again.") from error
     hub.used |= own.used
     spec = {**scorer.spec, "metric": name, "code": fingerprint(entry.loader)}
@@ -244,9 +141,10 @@ def _checkpoint(checkpoint: Checkpoint, hub: Hub, model: str | None = None) -> P
         if checkpoint.sha256 not in (None, found := sha256_of(path)):
             raise UserError(f"{path} has sha256 {found}; expected {checkpoint.sha256}: fetch it again.")
         return path
-    hub.files(checkpoint.repo, "model*.safetensors")  # as transformers names them; others lie beside them unread
     hub.file(checkpoint.repo, "config.json")
-    return hub.repo(checkpoint.repo)
+    folder = hub.repo(checkpoint.repo)
+    hub.read(checkpoint.repo, weights.from_hub(checkpoint.repo, hub, state_dicts.transformers_files, folder))
+    return folder
 
 
 def _processor(repo: str, hub: Hub) -> Path:

@@ -316,7 +316,7 @@ def changed(key, value):
         (without("blip.visual_encoder.blocks.1.attn.qkv.weight"), r"lacks \['blip\.visual_encoder\.blocks\.1\.attn"),
         (without("blip.visual_encoder.cls_token"), r"lacks \['blip\.visual_encoder\.cls_token"),
         (without("blip.visual_encoder.pos_embed"), "is not ImageReward's"),
-        (without("mlp.layers.4.bias"), r"layers\.6"),
+        (without("mlp.layers.4.bias"), r"lacks \['layers\.4\.bias"),
         (changed("blip.temp", torch.ones(())), r"\['blip\.temp'\] in excess"),
         (changed("mlp.layers.8.weight", torch.ones(1, 1)), r"layers\.8"),
         (changed("blip.visual_encoder.norm.weight", torch.ones(5)), r"norm\.weight of shape \[5\]; expected \[128\]"),

@@ -248,7 +248,7 @@ def test_a_head_with_other_keys_is_refused(rated, head, tmp_path, change):
     if change != "missing":
         state["layers.8.bias"] = torch.zeros(1)
     torch.save(state, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"other\.pth has the keys \[.*; expected \[.*layers\.7\.bias"):
+    with pytest.raises(ValueError, match=r"other\.pth (lacks|has) \['layers\.[78]\.bias'\]"):
         aesthetic_score.load(rated | {"head": tmp_path / "other.pth"}, "cpu")
 
 

@@ -101,7 +101,8 @@ LOST = [  # file, what the sentence names
 
 def load_all(hub: Path) -> None:
     config = load({"scale": "smoke"})
-    load_policy(config.models["sdxl_dmd2"], Hub(hub))
+    for name in ("sdxl", "sdxl_dmd2"):  # a student's own UNet stands in place of the base's, which is not read then
+        load_policy(config.models[name], Hub(hub))
     for name in ("pick_score", "aesthetic_score"):
         load_metric(name, config.metrics[name], Hub(hub), "cpu")
 

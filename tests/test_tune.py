@@ -231,9 +231,9 @@ def test_weights_of_another_model(with_hub, smoke):
 
 
 def test_a_lost_weights_file_ends_the_command_with_a_sentence(with_hub):
-    (own(with_hub, "hub") / BASE / "unet/diffusion_pytorch_model.safetensors").unlink()
+    (own(with_hub, "hub") / BASE / "text_encoder/model.safetensors").unlink()
     line = last_line(tune(with_hub, "pso_offline"))
-    assert line.startswith(f"tune: {BASE} in the hub ") and "diffusion_pytorch_model.safetensors" in line
+    assert line.startswith(f"tune: {BASE} in the hub ") and "model.safetensors" in line
 
 
 # ---- bad settings ----

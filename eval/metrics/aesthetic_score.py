@@ -5,9 +5,9 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from eval import state_dicts
 from eval.affine import folded
 from eval.clip_model import ClipScorer, load_clip
+from pso import state_dicts
 
 
 class AestheticScorer:

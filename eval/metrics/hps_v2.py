@@ -11,9 +11,9 @@ from pathlib import Path
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from eval import state_dicts
 from eval.clip_model import ClipScorer, as_open_clip
 from eval.open_clip_weights import load_open_clip, to_open_clip
+from pso import state_dicts
 
 
 def load(files: dict[str, Path], device, transform: str = "hps_letterbox224_noaa") -> ClipScorer:

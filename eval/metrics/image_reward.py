@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from eval import affine, state_dicts
+from eval import affine
 from eval.transforms import pixels
+from pso import state_dicts
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # constants of the authors' code, not in the file
 WINDOW = 35  # tokens
