@@ -2,7 +2,7 @@
 
     python -m eval.cost
 
-Writes results/{scale}/cost.md: seconds, peak memory and UNet forwards.
+Writes results/{scale}/cost.md: seconds, peak memory, of a GPU too where there was one, and UNet forwards.
 """
 
 import argparse
@@ -19,7 +19,14 @@ from pso.runs import jobs
 from pso.steps import Steps
 
 STAGES = {"hub": "stand-in hub", "cache": "latents and embeddings", "run": "tuning"}
-COLUMNS = {"wall_s": "wall s", "cpu_s": "CPU s", "peak_rss_gib": "peak RSS GiB", "unet_forwards": "UNet forwards"}
+COLUMNS = {
+    "wall_s": "wall s",
+    "cpu_s": "CPU s",
+    "peak_rss_gib": "peak RSS GiB",
+    "peak_gpu_gib": "peak GPU GiB",
+    "unet_forwards": "UNet forwards",
+}
+GPU = "peak_gpu_gib"
 
 
 def records(config: Config, results: Path) -> list[dict]:
@@ -32,7 +39,8 @@ def records(config: Config, results: Path) -> list[dict]:
         if (root / "hub" / f"published_{name}.json").exists()
     ]
     models = [model_dir(config.scale, root_of(job.task), job.model, results) for job in wanted]
-    paths = [*sorted(root.glob("hub/*.json")), *sorted(root.glob("cache/*/*.json")), *runs]
+    drawn = sorted(root.glob("hub/repositories/*.json")) if config.scale_entry.hub == "random" else []
+    paths = [*drawn, *sorted(root.glob("hub/*.json")), *sorted(root.glob("cache/*/*.json")), *runs]
     paths += [folder / f"{what}.json" for what in ("images", "scores") for folder in models]
     found = []
     for path in dict.fromkeys(paths):
@@ -45,6 +53,10 @@ def records(config: Config, results: Path) -> list[dict]:
 
 
 def stage(job: str) -> str:
+    if job.startswith("hub/repositories/"):
+        return "random weights"
+    if job.startswith("hub/preference_model_"):
+        return "preference models"
     first, last = job.split("/")[0], job.split("/")[-1]
     return STAGES.get(first) or STAGES.get(last, last)
 
@@ -52,7 +64,9 @@ def stage(job: str) -> str:
 def tables(config: Config, results: Path) -> list[str]:
     """By stage, with the sum, and by job."""
     frame = pd.DataFrame(records(config, results)).reindex(columns=["job", *COLUMNS])
-    sums = {"wall_s": "sum", "cpu_s": "sum", "peak_rss_gib": "max", "unet_forwards": "sum"}
+    if frame[GPU].isna().all():
+        frame = frame.drop(columns=GPU)
+    sums = {name: "max" if name.startswith("peak") else "sum" for name in COLUMNS if name in frame}
     by_stage = frame.assign(stage=frame["job"].map(stage), jobs=1).groupby("stage", sort=False, as_index=False)
     by_stage = by_stage.agg({"jobs": "sum", **sums})
     total = pd.DataFrame([{"stage": "**sum** (peak: largest)", **by_stage.agg({"jobs": "sum", **sums})}])
@@ -61,8 +75,9 @@ def tables(config: Config, results: Path) -> list[str]:
 
 def _markdown(frame: pd.DataFrame) -> str:
     texts = frame.rename(columns=COLUMNS)
-    for name, form in {"wall s": ".0f", "CPU s": ".0f", "peak RSS GiB": ".2f"}.items():
-        texts[name] = [f"{value:{form}}" for value in texts[name]]
+    for name, form in {"wall s": ".0f", "CPU s": ".0f", "peak RSS GiB": ".2f", "peak GPU GiB": ".2f"}.items():
+        if name in texts:
+            texts[name] = [f"{value:{form}}" if value == value else "" for value in texts[name]]  # not for NaN
     texts["UNet forwards"] = [f"{int(v):,}" if v > 0 else "" for v in texts["UNet forwards"].fillna(0)]
     return texts.to_markdown(index=False, disable_numparse=True, colalign=("left", *["right"] * (texts.shape[1] - 1)))
 

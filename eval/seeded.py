@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
 from eval.open_clip_weights import from_open_clip
-from eval.seeded_text import write_bert_tokenizer, write_clip_tokenizer
+from pso.tokenizer_files import write_bert_tokenizer, write_clip_tokenizer
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 PICK_SCORE = "yuvalkirstain/PickScore_v1"

@@ -43,6 +43,7 @@ TORCH_FREE = [
             "hub",
             "imagefolder",
             "figures",
+            "rehearsal_data",
         )
     ),
 ]

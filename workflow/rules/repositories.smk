@@ -41,6 +41,9 @@ else:
         params:
             repo=lambda w: repository_of(w.slug),
             settings=CONFIG.scale_entry.random.model_dump(),
+            subjects=sorted(
+                {s for t in CONFIG.table_entries.values() for s in t.subjects}
+            ),
             code=fingerprint("pso.rehearsal"),
         shell:
             "python -m pso.rehearsal --repo {params.repo} 2>&1 | tee {log}"

@@ -1,7 +1,11 @@
-"""Tokenizers for eval/seeded.py: CLIP's from its published list of merges or from a small one, and BERT's."""
+"""Tokenizers in the published files' formats: CLIP's from its list of merges or from one made here, and BERT's.
+
+For networks with random weights (eval/seeded.py, pso/rehearsal.py), which need every file and none of its knowledge.
+"""
 
 import gzip
 import json
+from itertools import islice, product
 from pathlib import Path
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -14,6 +18,7 @@ sitting standing wooden old small big light dark water sun moon mountain city ca
 realistic its no
 """
 WORDS = TEXT.split()
+END = "<|endoftext|>"
 
 
 def small_merges() -> list[str]:
@@ -27,29 +32,46 @@ def small_merges() -> list[str]:
     return list(found)
 
 
-def write_clip_tokenizer(folder: Path, published: str | None) -> int:
-    """vocab.json, merges.txt and the settings beside them, and the list as the packages read it; number of tokens.
+def merges_for(vocabulary: int) -> list[str]:
+    """As many merges as make a vocabulary of this size: those of WORDS, then pairs of characters."""
+    count, found = vocabulary - 2 * 256 - 2, small_merges()
+    made = {"".join(merge.split()) for merge in found}
+    symbols = bytes_to_unicode().values()
+    others = (f"{a} {b}" for a, b in product(symbols, symbols) if a + b not in made)
+    return [*found, *islice(others, max(0, count - len(found)))][:count]
 
-    published: the text of bpe_simple_vocab_16e6.txt, of which CLIP uses the first 48,894 merges.
-    """
-    text = published or "\n".join(["#version: 0.2", *small_merges()])
-    merges = text.split("\n")[1 : 49152 - 256 - 2 + 1]
+
+def write_tokenizer(folder: Path, merges: list[str], pad: str = END) -> int:
+    """vocab.json, merges.txt and the settings beside them; number of tokens. pad: "!" in SDXL's second tokenizer."""
     single = list(bytes_to_unicode().values())
     tokens = [*single, *(c + "</w>" for c in single), *("".join(m.split()) for m in merges)]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    tokens += ["<|startoftext|>", END]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    special["unk_token"] = "<|endoftext|>"
+    special = {"bos_token": "<|startoftext|>", "eos_token": END, "pad_token": pad, "unk_token": END}
     settings = {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer", "do_lower_case": True, **special}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    return len(vocabulary)
+
+
+def write_processor(folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+
+
+def write_clip_tokenizer(folder: Path, published: str | None) -> int:
+    """All that a scorer's repository has, and the list as the packages read it; number of tokens.
+
+    published: the text of bpe_simple_vocab_16e6.txt, of which CLIP uses the first 48,894 merges.
+    """
+    text = published or "\n".join(["#version: 0.2", *small_merges()])
+    count = write_tokenizer(folder, text.split("\n")[1 : 49152 - 256 - 2 + 1])
+    write_processor(folder)
     with gzip.open(folder / "bpe_simple_vocab_16e6.txt.gz", "wt", encoding="utf-8") as file:
         file.write(text)
-    return len(vocabulary)
+    return count
 
 
 PROCESSOR = {
