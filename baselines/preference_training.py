@@ -68,12 +68,13 @@ class Pairs:
 
 
 def look(policy: Policy, chain: Chain, cache: PairCache, base: ClipScorer, count: int, seed: int) -> Pairs:
-    """Predict, decode and judge the first `count` pairs of a cache."""
+    """Predict, decode and judge the first `count` pairs of a cache that can be used."""
+    first = [i for i in range(min(count + len(cache.left_out), len(cache))) if i not in cache.left_out][:count]
     condition, scale = cache.condition(policy.device), base.model.logit_scale.exp().item()
     steps = [n - 1 for n in forked_steps(chain, 0) if n > 2]  # the next call after a fork; the last fork's is t = 0
     found = []
-    for start in range(0, count, BATCH):
-        index = list(range(start, min(start + BATCH, count)))
+    for start in range(0, len(first), BATCH):
+        index = first[start : start + BATCH]
         prompts = cache.prompt_index[index]
         texts = [cache.prompts[i] for i in prompts]
         text = base.text_features(texts)
@@ -82,7 +83,7 @@ def look(policy: Policy, chain: Chain, cache: PairCache, base: ClipScorer, count
         logits = scale * (features.unflatten(0, (2, -1)) * text).sum(-1).T
         seen = [_seen(policy, chain, n, clean, condition.rows(prompts.repeat(2)), index, seed, base) for n in steps]
         found.append((torch.stack(seen, 2).transpose(0, 1), logits.cpu(), text.cpu()))
-    prompts = cache.prompt_index[:count]
+    prompts = cache.prompt_index[first]
     held_out = torch.tensor([keyed_seed("held out", p) % HELD_OUT == 0 for p in cache.prompts])
     weight = 1 / torch.bincount(prompts).float()
     return Pairs(*(torch.cat(v) for v in zip(*found, strict=True)), weight[prompts], held_out[prompts])

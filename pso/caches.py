@@ -1,20 +1,21 @@
-"""Data as training wants it, made once and declared: clean latents of pairs, and their text conditions.
+"""Data as training wants it, made once: clean latents of pairs, and their text conditions.
 
 Pairs are Pick-a-Pic's, or the captioned pictures of a folder (format imagefolder) as targets, each against one sample
 of the untuned distilled model for its caption (style transfer, Appendix B.2).
 
     python -m pso.caches --model sdxl_dmd2 --dataset pickapic_v2
 
-Latents are kept as mean and std of the VAE's posterior, so that every visit draws a fresh sample.
+Latents are kept as mean and std of the VAE's posterior, so that every visit draws a fresh sample. Of a published set
+only the pairs that the tables' runs visit are read (pso/visits.py); what is there already is kept (pso/parts.py).
 Prompt sets are read here too, for whoever needs them.
 """
 
 import argparse
-import itertools
 import json
 import logging
+import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -25,19 +26,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pso.config import ConfigError, add_arguments, from_arguments
-from pso.data import Pairs, Prompt, iter_pairs, load_prompts, parse_image
+from pso.data import Prompt, load_prompts, parse_image
 from pso.entries import Config, DatasetEntry, ModelEntry
 from pso.hub import Hub, hub_dir, is_outside, recorded
 from pso.imagefolder import METADATA, ImageFolder
 from pso.mdp import Chain
 from pso.models import chain_for, load_policy
+from pso.pairs import Visit, pairs_of
+from pso.parts import Parts, convert, convert_texts
 from pso.paths import RESULTS, scale_dir
 from pso.policy import Conditioning, Policy
-from pso.provenance import Meter, UserError, atomic, record, sentences, sha256_of, write_json
+from pso.provenance import Meter, UserError, atomic, digest, fingerprint, record, sentences, sha256_of, write_json
 from pso.rollout import rollout
+from pso.visits import Plan, kept_pairs, kept_prompts, latents_plan
 
 log = logging.getLogger("caches")
-BATCH = 64
+BATCH = 64  # pairs encoded together, fewer where pictures are larger than 256 px
+TEXTS = 512  # prompts in one part
 SIDES = ("target", "reference")
 
 
@@ -70,27 +75,80 @@ def read_cache(path: Path, command: str) -> tuple[dict[str, Tensor], dict, list[
 class PairCache:
     """Pairs of clean latents. `prompt_index` [P] points into `prompts` and `condition`.
 
-    `inputs`: the cache itself and the files that it was made from, for run.json.
+    Pairs in `left_out` could not be used. `inputs`: the cache itself and the files that it was made from, for run.json.
     """
 
     def __init__(self, scale: str, model: str, dataset: str, results: Path = RESULTS):
         path = cache_file(scale, model, dataset, results)
-        command = f"python -m pso.caches --model {model} --dataset {dataset}"
-        self.tensors, about, self.inputs = read_cache(path, command)
+        self.command = f"python -m pso.caches --model {model} --dataset {dataset}"
+        self.tensors, about, self.inputs = read_cache(path, self.command)
         self.prompts: list[str] = about["prompts"]
         self.counts: dict = about["counts"]
-        self.prompt_index = self.tensors["prompt_index"]
+        self.left_out = tuple(about["left_out"])
+        self.prompt_index, self.places, self.text_places = (
+            self.tensors[name] for name in ("prompt_index", "places", "text_places")
+        )
+        folder = path.with_suffix("")
+        self.pairs = Parts(folder / "pairs", about["parts"]["pairs"], self.command)
+        self.texts = Parts(folder / "texts", about["parts"]["texts"], self.command)
 
     def __len__(self) -> int:
         return len(self.prompt_index)
 
+    def require(self, seed: int, visits: int) -> None:
+        """Stops before a run whose pairs are not all there."""
+        check_visits(self.places[:, 0] >= 0, self.left_out, seed, visits, self.command)
+
     def latents(self, side: str, index: list[int]) -> tuple[Tensor, Tensor]:
         """Mean and std of the posteriors [B, C, H, W], float32."""
-        return self.tensors[f"{side}_mean"][index], self.tensors[f"{side}_std"][index]
+        places = self.places[index]
+        if (places < 0).any():
+            raise UserError(f"the cached latents lack a pair of {index}; `{self.command}` with the run's own settings.")
+        return tuple(self.pairs.rows(f"{side}_{kind}", places).float() for kind in ("mean", "std"))
 
-    def condition(self, device) -> Conditioning:
-        """Text condition of every prompt [len(prompts), ...]."""
-        return Conditioning(self.tensors["hidden"].to(device), self.tensors["pooled"].to(device))
+    def condition(self, device) -> "KeptConditioning":
+        """Text condition of every prompt, as [len(prompts), ...]."""
+        return KeptConditioning(self.texts, self.text_places, device, self.command)
+
+
+def check_visits(there: Tensor, left_out: tuple[int, ...], seed: int, visits: int, command: str) -> None:
+    """`there` [P] bool: which pairs are kept."""
+    wanted = torch.from_numpy(kept_pairs(Plan({seed: visits}), len(there), left_out))
+    if lacking := int((wanted & ~there).sum()):
+        raise UserError(
+            f"the cache lacks {lacking} of {int(wanted.sum())} pairs that {visits} visits with seed {seed} need; "
+            f"`{command}` adds those of all tables and seeds of its settings."
+        )
+
+
+class KeptConditioning:
+    """A Conditioning whose rows stay in their files: those asked for are put on the device."""
+
+    def __init__(self, texts: Parts, places: Tensor, device, command: str, more: Conditioning | None = None):
+        self.texts, self.places, self.device, self.command, self.more = texts, places, device, command, more
+
+    def __len__(self) -> int:
+        return len(self.places) + (0 if self.more is None else len(self.more))
+
+    def followed_by(self, other: Conditioning) -> "KeptConditioning":
+        more = other if self.more is None else self.more.followed_by(other)
+        return KeptConditioning(self.texts, self.places, self.device, self.command, more)
+
+    def rows(self, index: Tensor) -> Conditioning:
+        """Each different row is read once."""
+        different, inverse = index.cpu().unique(return_inverse=True)
+        count = len(self.places)
+        own, more = different[different < count], different[different >= count] - count
+        found = [self._read(own)] if len(own) else []
+        found += [self.more.rows(more.to(self.more.hidden.device))] if len(more) else []
+        whole = found[0] if len(found) == 1 else found[0].followed_by(found[1])
+        return whole.rows(inverse.to(self.device))
+
+    def _read(self, index: Tensor) -> Conditioning:
+        places = self.places[index]
+        if (places < 0).any():
+            raise UserError(f"a prompt of this run has no cached text condition; `{self.command}` with its settings.")
+        return Conditioning(*(self.texts.rows(name, places).to(self.device) for name in ("hidden", "pooled")))
 
 
 def fit(image: Image.Image, resolution: int) -> Image.Image:
@@ -108,27 +166,47 @@ def pixels(policy: Policy, images: Iterable[bytes]) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(fit(parse_image(data), policy.resolution)) for data in images]))
 
 
-Part = tuple[list[str], Tensor, Tensor]  # captions; pictures of the targets and of the references, uint8 [B, H, W, 3]
+def at_once(resolution: int) -> int:
+    """How many pairs are encoded together."""
+    return max(1, min(BATCH, BATCH * 256**2 // resolution**2))
 
 
-def labelled(policy: Policy, pairs: Pairs) -> Iterator[Part]:
-    for batch in _batches(pairs):
-        sides = (pixels(policy, [getattr(pair, side) for pair in batch]) for side in SIDES)
-        yield [pair.prompt for pair in batch], *sides
+Encode = Callable[[list[Visit]], dict[str, Tensor]]
 
 
-def against_samples(policy: Policy, chain: Chain, folder: ImageFolder) -> Iterator[Part]:
+def labelled(policy: Policy, dtype: torch.dtype) -> Encode:
+    """Both pictures of pairs. A few are padded to a whole batch: what is computed does not depend on their number."""
+    size = at_once(policy.resolution)
+
+    def encode(visits: list[Visit]) -> dict[str, Tensor]:
+        found = {}
+        for k, side in enumerate(SIDES):
+            images = [visit.pictures[k] for visit in visits]
+            padded = np.stack(images + images[-1:] * (size - len(images)))
+            found |= _posterior(policy, side, torch.from_numpy(padded), len(images), dtype)
+        return found
+
+    return encode
+
+
+def against_samples(policy: Policy, chain: Chain, dtype: torch.dtype) -> Encode:
     """Each picture, and one sample of the model for its caption (their number is not stated in the paper): decoded,
     so that both sides go through the same encoder. The noise belongs to the picture's file name."""
-    for batch in _batches(folder):
-        texts, keys = [picture.text for picture in batch], [("reference", picture.id) for picture in batch]
-        samples = rollout(policy, chain, policy.encode_prompts(texts), keys)
-        yield texts, pixels(policy, [picture.path.read_bytes() for picture in batch]), policy.decode(samples.x0)
+
+    def encode(visits: list[Visit]) -> dict[str, Tensor]:
+        texts = [visit.row.text for visit in visits]
+        keys = [("reference", visit.row.id) for visit in visits]
+        samples = policy.decode(rollout(policy, chain, policy.encode_prompts(texts), keys).x0)
+        pictures = torch.from_numpy(np.stack([visit.pictures[0] for visit in visits]))
+        targets = _posterior(policy, "target", pictures, len(visits), dtype)
+        return targets | _posterior(policy, "reference", samples, len(visits), dtype)
+
+    return encode
 
 
-def _batches(rows: Iterable) -> Iterator[list]:
-    rows = iter(rows)
-    return iter(lambda: list(itertools.islice(rows, BATCH)), [])
+def _posterior(policy: Policy, side: str, pictures: Tensor, count: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    moments = policy.encode_images(pictures)
+    return {f"{side}_{kind}": v[:count].to(dtype).cpu() for kind, v in zip(("mean", "std"), moments, strict=True)}
 
 
 def image_folder(hub: Hub, entry: DatasetEntry, name: str) -> tuple[ImageFolder, list[dict]]:
@@ -143,27 +221,79 @@ def image_folder(hub: Hub, entry: DatasetEntry, name: str) -> tuple[ImageFolder,
 def build(config: Config, model: str, dataset: str, results: Path) -> None:
     meter, hub = Meter(), Hub(hub_dir(config.scale, results))
     entry, model_entry = config.datasets[dataset], config.models[model]
-    inputs: list[dict] = []
-    if entry.format == "imagefolder":
-        reader, inputs = image_folder(hub, entry, dataset)
-        policy = load_policy(model_entry, hub, name=model)
-        parts = against_samples(policy, sampler(model, model_entry), reader)
-    else:
-        policy = load_policy(model_entry, hub, name=model)
-        reader = iter_pairs(hub.files(entry.repo, entry.files), entry, dataset)
-        parts = labelled(policy, reader)
-    prompts, tensors = encoded(policy, parts)
-    if not prompts:
-        raise UserError(f"datasets.{dataset} has no usable pair in {entry.repo}: {reader.counts.sentence()}.")
-    path = cache_file(config.scale, model, dataset, results)
-    with atomic(path) as part:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, part)
-    about = {"prompts": prompts, "counts": reader.counts.as_dict(), "quarantine": getattr(reader, "quarantine", [])}
+    dtype = getattr(torch, config.scale_entry.dtype)
+    kept = dtype if dtype == torch.float32 else torch.float16
     settings = {"scale": config.scale, "model": model, "dataset": {dataset: recorded(entry)}}
+    made_from = {"code": fingerprint("pso.caches"), "dtype": str(kept)}
+    if entry.format == "imagefolder":
+        (reader, found), chain = image_folder(hub, entry, dataset), sampler(model, model_entry)
+        inputs, plan = (lambda: found), None
+        policy = load_policy(model_entry, hub, dtype, name=model)
+        encode = against_samples(policy, chain, kept)
+        made_from["model"] = model_entry.model_dump(exclude={"title"})
+    else:
+        reader, inputs = pairs_of(hub, entry, dataset)
+        policy = load_policy(model_entry, hub, dtype, name=model)
+        plan, encode = latents_plan(config, model, dataset), labelled(policy, kept)
+        made_from["model"] = model_entry.model_dump(include={"base", "vae", "resolution"})
+    made_from["weights"] = weights = hub.inputs()
+    path = cache_file(config.scale, model, dataset, results)
+    folder = path.with_suffix("")
+
+    def look(image: Image.Image) -> np.ndarray:
+        return np.asarray(fit(image, policy.resolution))
+
+    places, pairs = convert(reader, plan, folder / "pairs", made_from, look, encode, at_once(policy.resolution))
+    check_some(places, reader, config, model, dataset)
+    text_places, texts = _texts(policy, reader, plan, places[:, 0] >= 0, folder / "texts", made_from)
+    parts = {"pairs": pairs, "texts": texts}
+    tensors = {"prompt_index": reader.prompt_index, "places": places, "text_places": text_places}
+    tensors = {name: torch.from_numpy(value).long() for name, value in tensors.items()}
+    about = {"prompts": reader.prompts, "counts": reader.counts.as_dict(), "quarantine": reader.quarantine}
+    about |= {"left_out": list(reader.left_out), "kept": int((places[:, 0] >= 0).sum()), "parts": parts}
     meter.counts = {"unet_forwards": policy.unet_forwards}
-    about |= record("latents", settings, [*hub.inputs(), *inputs], meter, sha256=sha256_of(path))
-    write_json(path.with_suffix(".json"), about)
+    keep(path, tensors, about, made_from, record("latents", settings, [*weights, *inputs()], meter))
     log.info("%s", reader.counts.sentence())
+
+
+def keep(path: Path, tensors: dict[str, Tensor], about: dict, made_from: dict, told: dict) -> None:
+    """The declared files. One that has only grown keeps its time: it holds the same for the runs made from it."""
+    found, tell = digest([made_from, told["inputs"]]), path.with_suffix(".json")
+    try:
+        before = path.stat().st_mtime_ns if json.loads(tell.read_text())["made_from"] == found else None
+    except (OSError, ValueError, KeyError):
+        before = None
+    with atomic(path) as part:
+        save_file(tensors, part, {"parts": digest(about.get("parts"))})
+    write_json(tell, {**about, **told, "made_from": found, "sha256": sha256_of(path)})
+    if before is not None:
+        os.utime(path, ns=(before, before))
+
+
+def check_some(places: np.ndarray, reader, config: Config, what: str, dataset: str) -> None:
+    """Something was kept."""
+    if (places >= 0).any():
+        return
+    if reader.counts.pairs:
+        raise ConfigError(
+            f"no row of {', '.join(config.tables)} needs pairs of {dataset} for {what}, so none would be kept; ask for "
+            "a table that does."
+        )
+    where = recorded(config.datasets[dataset])["repo"]
+    raise UserError(f"datasets.{dataset} has no usable pair in {where}: {reader.counts.sentence()}.")
+
+
+def _texts(policy: Policy, reader, plan: Plan | None, pairs: np.ndarray, folder: Path, made_from: dict):
+    """Text conditions of the prompts that are needed: places [len(prompts), 2] and the parts."""
+    kept = np.flatnonzero(kept_prompts(plan, pairs, reader.prompt_index, len(reader.prompts)))
+
+    def encode(texts: list[str]) -> dict[str, Tensor]:
+        condition = policy.encode_prompts(texts)
+        return {"hidden": condition.hidden.cpu(), "pooled": condition.pooled.cpu()}
+
+    places = np.full((len(reader.prompts), 2), -1, np.int64)
+    places[kept], parts = convert_texts([reader.prompts[i] for i in kept], folder, made_from, encode, TEXTS)
+    return places, parts
 
 
 def sampler(name: str, entry: ModelEntry) -> Chain:
@@ -172,23 +302,6 @@ def sampler(name: str, entry: ModelEntry) -> Chain:
             f"models.{name} has no tuned_steps; expected the grid on which it is sampled for the references."
         )
     return chain_for(name, entry, entry.tuned_steps)
-
-
-def encoded(policy: Policy, parts: Iterable[Part]) -> tuple[list[str], dict[str, Tensor]]:
-    """Different captions, and the cache's tensors."""
-    found: dict[str, list[Tensor]] = {f"{side}_{kind}": [] for side in SIDES for kind in ("mean", "std")}
-    rows, prompts = [], {}
-    for texts, *pictures in parts:
-        rows += [prompts.setdefault(text, len(prompts)) for text in texts]
-        for side, images in zip(SIDES, pictures, strict=True):
-            for kind, value in zip(("mean", "std"), policy.encode_images(images), strict=True):
-                found[f"{side}_{kind}"].append(value.cpu())
-    if not rows:
-        return [], {}
-    condition = policy.encode_prompts(list(prompts))
-    tensors = {name: torch.cat(values) for name, values in found.items()}
-    tensors |= {"prompt_index": torch.tensor(rows), "hidden": condition.hidden.cpu(), "pooled": condition.pooled.cpu()}
-    return list(prompts), tensors
 
 
 def main() -> None:

@@ -1,22 +1,19 @@
-"""Prompts and preference pairs in the real files' formats, and the order in which they are visited.
+"""Prompts and pictures in the real files' formats.
 
-Loaders check counts and digests where datasets.yaml gives them, stop with one sentence at a file that
-is not what it should be, and count every row they drop. Writers make the same formats for the
-stand-in hub. Torch-free; the DreamBooth folder is in pso/dreambooth.py.
+Loaders check counts and digests where datasets.yaml gives them, and stop with one sentence at a file that is not what
+it should be. Writers make the same formats for the stand-in hub, preference pairs too. Torch-free; preference pairs
+are read in pso/pairs.py, the DreamBooth folder in pso/dreambooth.py.
 """
 
 import csv
-import functools
 import hashlib
 import io
 import json
 import logging
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +22,7 @@ from PIL import Image, ImageOps
 
 from pso.entries import DatasetEntry
 from pso.provenance import UserError, atomic
-from pso.shards import check_file, check_rows, damaged, in_order, open_parquet, read_rows
+from pso.shards import check_file, check_rows, in_order, read_rows
 
 log = logging.getLogger("data")
 PARTI_HEADER = ["Prompt", "Category", "Challenge", "Note"]
@@ -58,7 +55,6 @@ PAIR_SCHEMA = pa.schema(
 CAPTION_SCHEMA = pa.schema([column for column in PAIR_SCHEMA if not column.name.startswith("jpg_")])
 
 CAPTION_COLUMNS = {"caption": "text"}
-PAIR_COLUMNS = {"caption": "text", "jpg_0": "bytes", "jpg_1": "bytes", "label_0": "number", "label_1": "number"}
 
 
 # ---- prompts ----
@@ -194,10 +190,11 @@ def parse_image(data: bytes | None, background: tuple[int, int, int] = WHITE) ->
     if not data:
         raise BadImage("no bytes (null)" if data is None else "no bytes (empty)")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return _rgb(ImageOps.exif_transpose(open_image(data)), background)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        image = open_image(data)
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow warns, and raises from twice as many
+            raise Image.DecompressionBombError
+        return _rgb(ImageOps.exif_transpose(image), background)
+    except Image.DecompressionBombError:
         raise BadImage(f"too large: more than {Image.MAX_IMAGE_PIXELS} pixels") from None
     except Image.UnidentifiedImageError:
         raise BadImage(f"not PNG, JPEG or WebP: begins with {data[:12]!r}") from None
@@ -230,149 +227,6 @@ def _rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     canvas = Image.new("RGB", image.size, background)  # a new image: no profile, no EXIF
     canvas.paste(image.convert("RGB"), mask=alpha)
     return canvas
-
-
-# ---- preference pairs ----
-
-
-@dataclass(frozen=True)
-class PreferencePair:
-    """Two encoded pictures of one prompt; people preferred the target."""
-
-    id: str
-    prompt: str
-    target: bytes
-    reference: bytes
-
-
-DROPS = (
-    "tie",
-    "bad_label",
-    "missing_caption",
-    "missing_image_0",
-    "missing_image_1",
-    "undecodable_image_0",
-    "undecodable_image_1",
-)
-
-
-@dataclass
-class Counts:
-    """rows == pairs + everything dropped, each row under its first reason. Blank captions are kept."""
-
-    rows: int = 0
-    pairs: int = 0
-    captions: int = 0  # different ones among the pairs
-    blank_captions: int = 0
-    dropped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(DROPS, 0))
-
-    def as_dict(self) -> dict:
-        return asdict(self)
-
-    def sentence(self) -> str:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in self.dropped.items() if count) or "none"
-        return (
-            f"{self.pairs} pairs of {self.rows} rows, {self.captions} different captions "
-            f"({self.blank_captions} blank pairs); dropped: {reasons}"
-        )
-
-
-class Pairs:
-    """Preference pairs of Pick-a-Pic shards, read a few rows at a time, in the order of names and rows.
-
-    All shards are checked when this is made. Each iteration starts anew and fills `counts` and
-    `quarantine`: (shard, row, reason) of every dropped row but ties, which are no fault.
-    """
-
-    def __init__(self, paths: Iterable[Path], entry: DatasetEntry, name: str):
-        self.name, self.shards = name, in_order(paths, entry, name)
-        self.counts, self.quarantine = Counts(), []
-        num_rows, rankings = 0, []
-        for path in self.shards:
-            check_file(path, entry, name)
-            with open_parquet(path, PAIR_COLUMNS, name) as file:
-                num_rows += file.metadata.num_rows
-                rankings.append(_ranking_ids(path, file))
-        check_rows(num_rows, f"{self.shards[0].parent} ({len(self.shards)} files)", entry, name)
-        known = all(ids is not None for ids in rankings)
-        self.has_ranking_ids = known and len(np.unique(np.concatenate(rankings))) == num_rows
-
-    def __iter__(self) -> Iterator[PreferencePair]:
-        counts, quarantine, captions = Counts(), [], set()
-        self.counts, self.quarantine = counts, quarantine
-        columns = [*PAIR_COLUMNS, *(["ranking_id"] if self.has_ranking_ids else [])]
-        for path in self.shards:
-            for number, row in enumerate(read_rows(path, columns, PAIR_COLUMNS, self.name)):
-                counts.rows += 1
-                if fault := _fault(row):
-                    reason, detail = fault
-                    counts.dropped[reason] += 1
-                    if reason != "tie":
-                        quarantine.append((path.name, number, f"{reason}: {detail}"))
-                    continue
-                captions.add(row["caption"])
-                counts.pairs, counts.captions = counts.pairs + 1, len(captions)
-                counts.blank_captions += not row["caption"].strip()
-                first, second = row["jpg_0"], row["jpg_1"]
-                target, reference = (first, second) if row["label_0"] == 1 else (second, first)
-                pair_id = str(row["ranking_id"]) if self.has_ranking_ids else f"{path.stem}-{number}"
-                yield PreferencePair(pair_id, row["caption"], target, reference)
-
-
-def iter_pairs(paths: Iterable[Path], entry: DatasetEntry, name: str) -> Pairs:
-    """The pairs that the paper keeps: label_0 is exactly 0 or 1. `has_label` and `are_different` do not count."""
-    return Pairs(paths, entry, name)
-
-
-def _ranking_ids(path: Path, file: pq.ParquetFile) -> np.ndarray | None:
-    """The ranking ids of a shard, None if any is missing."""
-    schema = file.schema_arrow
-    if "ranking_id" not in schema.names or not pa.types.is_integer(schema.field("ranking_id").type):
-        return None
-    try:
-        column = file.read(["ranking_id"], use_threads=False)["ranking_id"]
-    except (pa.ArrowException, OSError) as error:
-        raise damaged(path, error) from None
-    return None if column.null_count else column.to_numpy()
-
-
-def _fault(row: dict[str, Any]) -> tuple[str, str] | None:
-    """(reason, detail) why a row is no pair."""
-    labels = row["label_0"], row["label_1"]
-    if labels == (0.5, 0.5):
-        return "tie", ""
-    if labels not in ((0, 1), (1, 0)):
-        return "bad_label", f"label_0 {labels[0]}, label_1 {labels[1]}"
-    if row["caption"] is None:
-        return "missing_caption", "null"
-    for side in (0, 1):
-        data = row[f"jpg_{side}"]
-        try:
-            parse_image(data)
-        except BadImage as error:
-            return f"{'undecodable' if data else 'missing'}_image_{side}", str(error)
-    return None
-
-
-# ---- order of visits ----
-
-
-def pair_indices(update: int, batch_size: int, num_pairs: int, seed: int) -> list[int]:
-    """The samples of one update: a slice of an endless order that visits each sample once per epoch."""
-    if num_pairs < 1 or batch_size < 1 or update < 0:
-        raise UserError(
-            f"update {update} of {batch_size} out of {num_pairs} samples cannot be drawn; "
-            "expected at least one sample and a batch of at least one: check the data set and tune.batch_size."
-        )
-    positions = range(update * batch_size, (update + 1) * batch_size)
-    return [int(_permutation(p // num_pairs, num_pairs, seed)[p % num_pairs]) for p in positions]
-
-
-@functools.lru_cache(maxsize=4)
-def _permutation(epoch: int, count: int, seed: int) -> np.ndarray:
-    # numpy promises the same raw bits in every version, but not the same Generator.permutation
-    bits = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(epoch,))).random_raw(count)
-    return np.argsort(bits, kind="stable")
 
 
 # ---- writers ----

@@ -10,19 +10,22 @@ import logging
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
-from pso.caches import SIDES, PairCache, read_cache
+from pso.caches import SIDES, PairCache, check_some, check_visits, keep, read_cache
 from pso.config import ConfigError, add_arguments, from_arguments
-from pso.data import iter_pairs, parse_image
 from pso.entries import Config
-from pso.hub import Hub, hub_dir
+from pso.hub import Hub, hub_dir, recorded
 from pso.models import load_metric
+from pso.pairs import Visit, pairs_of
+from pso.params import scorer_params
+from pso.parts import Parts, convert
 from pso.paths import RESULTS, scale_dir
-from pso.provenance import Meter, UserError, atomic, record, sentences, sha256_of, write_json
+from pso.provenance import Meter, UserError, fingerprint, record, sentences
+from pso.visits import embeddings_plan
 
 log = logging.getLogger("embeddings")
 BATCH = 64
@@ -37,15 +40,22 @@ class PairEmbeddings:
 
     def __init__(self, scale: str, metric: str, dataset: str, pairs: PairCache, results: Path = RESULTS):
         path = embeddings_file(scale, metric, dataset, results)
-        command = f"python -m pso.embeddings --metric {metric} --dataset {dataset}"
-        self.tensors, about, self.inputs = read_cache(path, command)
-        self.prompt_index = pairs.prompt_index
-        if about["prompts"] != pairs.prompts or len(self.tensors["target"]) != len(pairs):
-            raise UserError(f"{path} is of other pairs than the cached latents; `{command}` makes it anew.")
+        self.command = f"python -m pso.embeddings --metric {metric} --dataset {dataset}"
+        self.tensors, about, self.inputs = read_cache(path, self.command)
+        self.prompt_index, self.place = pairs.prompt_index, self.tensors.pop("place")
+        if about["prompts"] != pairs.prompts or len(self.place) != len(pairs):
+            raise UserError(f"{path} is of other pairs than the cached latents; `{self.command}` makes it anew.")
+
+    def require(self, seed: int, visits: int, left_out: tuple[int, ...]) -> None:
+        """Stops before a run whose pairs are not all there."""
+        check_visits(self.place >= 0, left_out, seed, visits, self.command)
 
     def rows(self, index: list[int], device) -> dict[str, Tensor]:
         """Unit vectors [B, D] of captions and of both pictures, float32."""
-        found = {side: self.tensors[side][index] for side in SIDES}
+        place = self.place[index]
+        if (place < 0).any():
+            raise UserError(f"no embedding is kept of a pair of {index}; `{self.command}` with the run's own settings.")
+        found = {side: self.tensors[side][place] for side in SIDES}
         found["text"] = self.tensors["text"][self.prompt_index[index]]
         return {k: F.normalize(v.to(device).float(), dim=-1) for k, v in found.items()}  # the file has 16 bits
 
@@ -56,36 +66,29 @@ def build(config: Config, metric: str, dataset: str, results: Path) -> None:
     clip, entry = load_metric(metric, config.metrics[metric], hub, device), config.datasets[dataset]
     if not (hasattr(clip, "image_features") and hasattr(clip, "text_features")):
         raise ConfigError(f"--metric is {metric!r}, which embeds no captions and pictures; expected one with a CLIP.")
-    reader = iter_pairs(hub.files(entry.repo, entry.files), entry, dataset)
-    found: dict[str, list[Tensor]] = {side: [] for side in SIDES}
-    prompts, batch = {}, []
-
-    def flush() -> None:
-        for side in SIDES:
-            pictures = [parse_image(getattr(pair, side)) for pair in batch]
-            found[side].append(clip.image_features(pictures).half().cpu())
-        batch.clear()
-
-    for pair in reader:
-        prompts.setdefault(pair.prompt)
-        batch.append(pair)
-        if len(batch) == BATCH:
-            flush()
-    if batch:
-        flush()
-    texts = list(prompts)
-    if not texts:
-        raise UserError(f"datasets.{dataset} has no usable pair in {entry.repo}: {reader.counts.sentence()}.")
-    tensors = {side: torch.cat(parts) for side, parts in found.items()}
-    parts = [clip.text_features(texts[i : i + BATCH]).half().cpu() for i in range(0, len(texts), BATCH)]
-    path = embeddings_file(config.scale, metric, dataset, results)
-    with atomic(path) as part:
-        save_file({**tensors, "text": torch.cat(parts)}, part)
+    reader, inputs = pairs_of(hub, entry, dataset)
     settings = {"scale": config.scale, "metric": {metric: config.metrics[metric].model_dump()}}
-    settings["dataset"] = {dataset: entry.model_dump()}
-    about = {"spec": clip.spec, "prompts": texts, "counts": reader.counts.as_dict()}
-    about |= record("embeddings", settings, hub.inputs(), meter, sha256=sha256_of(path))
-    write_json(path.with_suffix(".json"), about)
+    settings["dataset"] = {dataset: recorded(entry)}
+    path, weights = embeddings_file(config.scale, metric, dataset, results), hub.inputs()
+    made_from = {"code": fingerprint("pso.embeddings", config.metrics[metric].module), "weights": weights}
+    made_from["metric"] = scorer_params(config, metric)
+
+    def encode(visits: list[Visit]) -> dict[str, Tensor]:
+        sides = ([visit.pictures[k] for visit in visits] for k in (0, 1))
+        whole = [pictures + pictures[-1:] * (BATCH - len(visits)) for pictures in sides]  # as in pso/caches.py
+        found = [clip.image_features(pictures)[: len(visits)].half().cpu() for pictures in whole]
+        return dict(zip(SIDES, found, strict=True))
+
+    plan, folder = embeddings_plan(config, metric, dataset), path.with_suffix("")
+    places, listed = convert(reader, plan, folder, made_from, lambda image: image, encode, BATCH)
+    check_some(places, reader, config, metric, dataset)
+    parts, kept = Parts(folder, listed, "python -m pso.embeddings"), places[:, 0] >= 0
+    tensors = {side: parts.rows(side, torch.from_numpy(places[kept])) for side in SIDES}
+    texts = [reader.prompts[i : i + BATCH] for i in range(0, len(reader.prompts), BATCH)]
+    tensors["text"] = torch.cat([clip.text_features(some).half().cpu() for some in texts])
+    tensors["place"] = torch.from_numpy(np.where(kept, np.cumsum(kept) - 1, -1))
+    about = {"spec": clip.spec, "prompts": reader.prompts, "counts": reader.counts.as_dict()}
+    keep(path, tensors, about, made_from, record("embeddings", settings, [*weights, *inputs()], meter))
     log.info("%s", reader.counts.sentence())
 
 

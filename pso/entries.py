@@ -160,9 +160,11 @@ class DatasetEntry(Strict):
     """datasets.yaml: one prompt set, set of pairs, folder of captioned pictures or folder of subjects."""
 
     format: Literal["caption_parquet", "caption_json", "parti_tsv", "preference_parquet", "imagefolder", "dreambooth"]
-    repo: str  # of the hub; an imagefolder may lie elsewhere: a path that begins with /, ./ or ../
+    repo: str  # of the hub, or a folder of the user's own: a path that begins with /, ./ or ../
     files: str  # a file, or a glob; of an imagefolder the folder with metadata.jsonl
-    num_rows: PositiveInt | None = None  # checked where given
+    num_rows: PositiveInt | None = None  # checked where given, as the next two
+    num_pairs: PositiveInt | None = None  # of preference pairs: rows whose label_0 is exactly 0 or 1
+    num_prompts: PositiveInt | None = None  # their different captions
     sha256: str | None = None  # of the file; of an imagefolder's metadata.jsonl
     num_seeds: PositiveInt = 1  # images per prompt, evaluation sets only
 

@@ -7,12 +7,18 @@ Everything is checked before a picture is used; nothing is left out. Torch-free.
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pso.data import Counts, read_image, read_text
+import numpy as np
+from PIL import Image
+
+from pso.data import read_image, read_text
 from pso.dreambooth import IMAGE_SUFFIXES
 from pso.entries import DatasetEntry
+from pso.pairs import Counts, Visit
 from pso.provenance import UserError, sha256_of
 from pso.shards import check_file, check_rows
 
@@ -30,7 +36,11 @@ class CaptionedPicture:
 
 
 class ImageFolder:
-    """The pictures in the order of metadata.jsonl; `counts` as of preference pairs, each picture one row."""
+    """The pictures in the order of metadata.jsonl. To be read as preference pairs are (pso/pairs.py), each picture one
+    row, the folder the only shard; nothing is ever left out."""
+
+    left_out: tuple[int, ...] = ()
+    quarantine: list = []
 
     def __init__(self, folder: Path, entry: DatasetEntry, name: str):
         self.folder = Path(folder)
@@ -47,9 +57,24 @@ class ImageFolder:
         texts = [picture.text for picture in self.pictures]
         blank = sum(not text.strip() for text in texts)
         self.counts = Counts(len(texts), len(texts), len(set(texts)), blank)
+        self.shards, self.starts, self.row = [self.folder], np.array([0, len(texts)]), np.arange(len(texts))
+        self.prompts = list(dict.fromkeys(texts))
+        number = {text: k for k, text in enumerate(self.prompts)}
+        self.prompt_index = np.array([number[text] for text in texts])
 
     def __iter__(self):
         return iter(self.pictures)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def read(self, positions: np.ndarray, look: Callable[[Image.Image], Any]) -> Iterator[Visit]:
+        for position in positions.tolist():
+            picture = self.pictures[position]
+            yield Visit(position, picture, (look(read_image(picture.path)),))
+
+    def digest_of(self, shard: int) -> str:
+        return sha256_of(self.metadata) + self.digest()
 
     def _check_files(self) -> None:
         """Every file is named once, none is left over, each is a whole picture."""

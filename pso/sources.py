@@ -12,13 +12,13 @@ from torch import Tensor
 
 from pso.caches import PairCache
 from pso.config import ConfigError
-from pso.data import pair_indices
 from pso.embeddings import PairEmbeddings
 from pso.evidence import Batch, Side
 from pso.mdp import Ancestral, Chain, Renoise, sdxl_alphas_cumprod
 from pso.policy import Conditioning, Policy, to_images
 from pso.provenance import UserError
 from pso.rollout import Key, keyed_noise, keyed_seed, rollouts
+from pso.visits import pair_indices
 
 
 @dataclass
@@ -63,7 +63,7 @@ class _Latents:
 
     def samples(self, update: int) -> list[int]:
         given = self.given
-        return pair_indices(update, given.batch_size, len(given.pairs), given.seed)
+        return pair_indices(update, given.batch_size, len(given.pairs), given.seed, given.pairs.left_out)
 
     def prompts(self, update: int, index: list[int]) -> Tensor:
         """Rows of the condition [B]: the pairs' captions, a share of them replaced by the empty one."""

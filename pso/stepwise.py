@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from pso.config import ConfigError
-from pso.data import pair_indices
 from pso.evidence import Batch, Side
 from pso.forks import Fork, forks, shown_times
 from pso.policy import to_images
 from pso.provenance import UserError
 from pso.rollout import keyed_seed
 from pso.sources import Given
+from pso.visits import pair_indices
 
 # Names in the noise's keys; the first two as OnlinePairs has them, so that D3PO's trajectories are the same there.
 CANDIDATES = ("first", "second", "third", "fourth")

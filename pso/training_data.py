@@ -22,6 +22,7 @@ class SubjectPictures:
     """
 
     inputs: list[dict] = []  # the hub remembers the files
+    left_out: tuple[int, ...] = ()
 
     def __init__(self, policy: Policy, subject: Subject):
         pictures = pixels(policy, [path.read_bytes() for path in subject.images])
@@ -49,9 +50,11 @@ class SubjectPictures:
 def give_data(given: Given, config: Config, model: str, method: MethodEntry, subject: str | None, hub: Hub, results):
     """Fill in what a run's source works from: pairs (or targets), prompts, their condition and embeddings."""
     name, policy = method.data, given.policy
-    dataset = config.datasets[name]
+    dataset, visits = config.datasets[name], method.tune.num_updates * method.tune.batch_size
     if dataset.format in PAIRS:
         given.pairs = PairCache(config.scale, model, name, results)
+        if method.reward is None:  # else it works from the prompts
+            given.pairs.require(given.seed, visits)
     elif dataset.format == "dreambooth":
         given.pairs = SubjectPictures(policy, load_subject(hub, dataset, name, subject))
     if given.pairs is None:
@@ -61,3 +64,4 @@ def give_data(given: Given, config: Config, model: str, method: MethodEntry, sub
     given.prompts, given.condition = given.pairs.prompts, given.pairs.condition(policy.device)
     if method.embeddings is not None:
         given.embeddings = PairEmbeddings(config.scale, method.embeddings, name, given.pairs, results)
+        given.embeddings.require(given.seed, visits, given.pairs.left_out)

@@ -36,6 +36,7 @@ from pso.policy import Conditioning, Policy
 from pso.probe import Probe
 from pso.provenance import Meter, UserError, atomic, fingerprint, record, sentences, write_json
 from pso.training_data import give_data
+from pso.visits import probed
 
 log = logging.getLogger("tune")
 
@@ -201,8 +202,7 @@ def prepare(run: Run, hub: Hub, device: torch.device) -> tuple[ModuleType, sourc
         micro_batch=sample_batch(policy, entry.tune.micro_batch),
     )
     give_data(given, config, run.model, entry, subject_of(run.task), hub, run.results)
-    shown = min(entry.tune.probe_prompts, len(given.prompts))
-    every = [i * len(given.prompts) // shown for i in range(shown)]
+    every = probed(entry.tune.probe_prompts, len(given.prompts))
     texts = [given.prompts[i] for i in every]
     seen = {name: metrics[name] for name in entry.tune.probe_metrics}
     condition, judge = given.condition.rows(torch.tensor(every)), metrics.get(entry.tune.probe_reward)

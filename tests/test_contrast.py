@@ -241,6 +241,16 @@ def test_a_file_of_other_pairs_is_refused(built):
         PairEmbeddings("smoke", "pick_score", "pickapic_v2", OfTheFile(), built)
 
 
+def test_a_run_whose_embeddings_are_not_there_ends_before_it_begins(built):
+    found = PairEmbeddings("smoke", "clip_score", "pickapic_v2", OfTheFile(), built)
+    found.require(0, 1000, ())
+    found.place[9] = -1
+    with pytest.raises(UserError, match="lacks 1 of 70 pairs that 1000 visits with seed 0 need; `python -m pso.embed"):
+        found.require(0, 1000, ())
+    with pytest.raises(UserError, match=r"no embedding is kept of a pair of \[3, 9\]; `python -m pso.embeddings"):
+        found.rows([3, 9], "cpu")
+
+
 def test_a_damaged_file_is_refused(built):
     path = embeddings_file("smoke", "clip_score", "pickapic_v2", built)
     path.write_bytes(path.read_bytes()[:-2] + b"xx")

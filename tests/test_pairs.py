@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -11,7 +12,10 @@ from hypothesis import strategies as st
 from test_data import FIRST, SECOND, entry, refused
 
 from pso import data
-from pso.data import iter_pairs, pair_indices, prompts_of
+from pso.config import load
+from pso.data import prompts_of
+from pso.pairs import DROPS, dropped_note, dropped_notes, iter_pairs
+from pso.visits import pair_indices
 
 
 def row(number: int, **changes) -> dict:
@@ -35,7 +39,7 @@ def test_pairs_come_in_order_with_the_preferred_picture_as_target(tmp_path):
         (FIRST, SECOND) if n % 2 else (SECOND, FIRST) for n in range(300)
     ]
     assert pairs.counts.as_dict() == {
-        "rows": 300, "pairs": 300, "captions": 3, "blank_captions": 0, "dropped": dict.fromkeys(data.DROPS, 0),
+        "rows": 300, "pairs": 300, "captions": 3, "blank_captions": 0, "dropped": dict.fromkeys(DROPS, 0),
     }  # fmt: skip
     assert list(pairs) == found and pairs.counts.pairs == 300  # a second visit starts anew
 
@@ -165,3 +169,72 @@ def test_order_is_this_one_on_every_machine():
 def test_nothing_cannot_be_visited():
     with refused("0 samples cannot be drawn", "tune.batch_size"):
         pair_indices(0, 4, 0, 0)
+
+
+# ---- the index ----
+
+
+def test_the_index_reads_no_picture_and_a_row_only_its_own(tmp_path):
+    path = shards(tmp_path, [row(n, jpg_0=FIRST, jpg_1=None) for n in range(300)], 1)[0]  # row groups of 256 and 44
+    content = bytearray(path.read_bytes())
+    content[content.index(FIRST[:8]) + 40] ^= 1
+    path.write_bytes(content)
+    pairs = iter_pairs([path], entry("preference_parquet", num_pairs=300, num_prompts=3), "set")
+    assert len(pairs) == 300 and pairs.counts.pairs == 300
+    assert list(pairs.read(np.array([260, 299]), lambda image: None)) == []
+    assert pairs.counts.dropped["missing_image_1"] == 2 and pairs.left_out == (260, 299)
+    with refused("is not a whole parquet file"):
+        list(pairs.read(np.array([0]), lambda image: None))
+
+
+def test_pictures_are_decoded_once_and_looked_at_target_first(tmp_path):
+    rows = [row(n, label_0=float(n % 2), label_1=float(1 - n % 2)) for n in range(8)]
+    pairs, looked = iter_pairs(shards(tmp_path, rows), entry("preference_parquet"), "set"), []
+    visits = list(pairs.read(np.array([1, 2, 6]), lambda image: looked.append(1) or image.getpixel((0, 0))))
+    assert [visit.position for visit in visits] == [1, 2, 6] and len(looked) == 6
+    red, blue = (255, 0, 0), (0, 0, 255)
+    assert [visit.pictures for visit in visits] == [(red, blue), (blue, red), (blue, red)]
+    assert [visit.row.id for visit in visits] == ["101", "102", "106"]
+
+
+@pytest.mark.parametrize("key, expected, said", [("num_pairs", 851293, "5 dec"), ("num_prompts", 58960, "3 dif")])
+def test_counts_of_pairs_and_prompts_are_checked(tmp_path, key, expected, said):
+    rows = [row(n) for n in range(5)] + [row(5, label_0=0.5, label_1=0.5, caption="only of a tie")]
+    paths = shards(tmp_path, rows)
+    iter_pairs(paths, entry("preference_parquet", num_rows=6, num_pairs=5, num_prompts=3), "set")
+    with refused(f"some/file of owner/set, holds {said}", f"datasets.set.{key} expects {expected}", "fetch"):
+        iter_pairs(paths, entry("preference_parquet", **{key: expected}), "set")
+
+
+def test_the_published_counts_stand_in_the_entry():
+    found = load({"scale": "paper"}).datasets["pickapic_v2"]
+    assert (found.num_rows, found.num_pairs, found.num_prompts) == (959040, 851293, 58960)
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.float32(), pa.large_string()])
+def test_other_types_of_the_same_kind_give_the_same(tmp_path, kind):
+    path = shards(tmp_path, [row(0, label_0=0.0, label_1=1.0), row(1), row(2, caption=None)], 1)[0]
+    table = pq.read_table(path)
+    names = ["caption"] if kind == pa.large_string() else ["label_0", "label_1"]
+    for name in names:
+        table = table.set_column(table.column_names.index(name), name, table[name].cast(kind))
+    pq.write_table(table, path)
+    pairs = iter_pairs([path], entry("preference_parquet"), "set")
+    assert [p.target == FIRST for p in pairs] == [False, True] and pairs.left_out == (2,)
+
+
+# ---- what a table is told ----
+
+
+def record(**dropped) -> dict:
+    return {"data": {"rows": 90, "dropped": dict.fromkeys(DROPS, 0) | dropped}, "config": {"dataset": {"pairs": {}}}}
+
+
+def test_a_note_names_runs_and_rows_that_could_not_be_used_but_no_ties():
+    assert dropped_note(record(tie=7)) is None and dropped_note({"data": {"prompts": 4}}) is None
+    bad = record(tie=7, missing_caption=2, undecodable_image_1=1)
+    notes = dropped_notes({"A": bad, "B": record(), "C": bad, "D": record(bad_label=1)})
+    assert notes == [
+        "3 of 90 rows of pairs could not be used (missing_caption 2, undecodable_image_1 1), in training of A, C.",
+        "1 of 90 rows of pairs could not be used (bad_label 1), in training of D.",
+    ]

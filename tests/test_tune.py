@@ -109,7 +109,7 @@ def other_weights(results: Path) -> dict:
 
 def other_data(results: Path) -> dict:
     path = own(results, "cache") / "sdxl_dmd2" / "pickapic_v2.safetensors"
-    save_file({k: v + 1 if k == "target_mean" else v for k, v in load_file(path).items()}, path)
+    save_file({k: v + 1 if k == "prompt_index" else v for k, v in load_file(path).items()}, path)
     about = path.with_suffix(".json")
     about.write_text(json.dumps(json.loads(about.read_text()) | {"sha256": sha256_of(path)}))
     return {}

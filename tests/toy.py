@@ -249,7 +249,7 @@ CONDITION = Conditioning(torch.zeros(PAIRS, 1, 1), torch.arange(PAIRS)[:, None] 
 class FakePairs:
     """A PairCache of ten pairs, each with a prompt of its own, so that batch.prompts tells the pairs."""
 
-    prompt_index = torch.arange(PAIRS)
+    prompt_index, left_out = torch.arange(PAIRS), ()
 
     def __init__(self, std: float = 0.0, shape: tuple[int, int, int] = LATENT):
         self.means = {side: randn(seed, PAIRS, *shape) for seed, side in enumerate(("target", "reference"))}

@@ -1,4 +1,11 @@
-# Data as training wants it: clean latents (mean and std) and text conditions, made once.
+# Data as training wants it: clean latents (mean and std) and text conditions, made once. Which pairs of a published set
+# are kept is no param: with one more seed or table all finished runs would be trained again, because their cache is
+# newer than they are. A run whose pairs are not there ends at once with the command that adds them.
+
+from pso.leakage import data_sets
+from pso.visits import latents_plan, trained
+
+TRAINED, SHOWN = data_sets(CONFIG)
 
 
 rule latents:
@@ -15,6 +22,7 @@ rule latents:
     params:
         model=lambda w: pair_settings(w.model, w.dataset),
         dataset=lambda w: CONFIG.datasets[w.dataset].model_dump(),
+        dtype=CONFIG.scale_entry.dtype,
         code=fingerprint("pso.caches"),
     shell:
         "python -m pso.caches --model {wildcards.model} --dataset {wildcards.dataset} 2>&1 | tee {log}"
@@ -37,3 +45,28 @@ rule embeddings:  # only for methods that compare pair with pair
         code=lambda w: fingerprint("pso.embeddings", CONFIG.metrics[w.metric].module),
     shell:
         "python -m pso.embeddings --metric {wildcards.metric} --dataset {wildcards.dataset} 2>&1 | tee {log}"
+
+
+rule leakage:  # which evaluation prompts were trained on
+    input:
+        [path for name in TRAINED for path in STEPS.pairs(name)],
+        STEPS.data(*SHOWN),
+    output:
+        f"{BASE}/leakage.md",
+        f"{BASE}/leakage.json",
+    log:
+        f"{BASE}/logs/leakage.log",
+    conda:
+        "../../envs/pso-bench.yaml"
+    params:
+        datasets={
+            name: CONFIG.datasets[name].model_dump()
+            for name in sorted({*TRAINED, *SHOWN})
+        },
+        plans=[
+            latents_plan(CONFIG, model, method.data)
+            for model, method in trained(CONFIG)
+        ],
+        code=fingerprint("pso.leakage"),
+    shell:
+        "python -m pso.leakage 2>&1 | tee {log}"
