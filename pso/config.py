@@ -24,6 +24,7 @@ from pso.provenance import UserError
 
 CONFIG_DIR = ROOT / "workflow" / "config"
 SETTINGS_VARIABLE = "PSO_BENCH_SETTINGS"
+OFFLINE_VARIABLE = "PSO_BENCH_OFFLINE"  # what the user had said of the network, for the one job that may use it
 
 
 EXPECTED = {  # pydantic's error types -> what was expected, for people
@@ -198,6 +199,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def job_environment(settings: dict) -> dict[str, str]:
     """What the workflow puts into the environment of its jobs; a variable that is set already wins.
 
+    HF_HUB_OFFLINE alone is always set: every file comes from the hub folder, and no loader may look elsewhere. Only
+    pso.fetch goes online, unless the user had said otherwise.
+
     One thread per process: two torch processes with two threads each on two cores are 5 to 20 times
     slower. The allocator settings keep glibc from giving memory back between steps.
     """
@@ -207,11 +211,19 @@ def job_environment(settings: dict) -> dict[str, str]:
         "MALLOC_MMAP_THRESHOLD_": "100000000000",
         "MALLOC_TOP_PAD_": "536870912",
         "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",  # every file comes from the stand-in hub
         "MPLBACKEND": "Agg",
+        OFFLINE_VARIABLE: "1" if users_offline() else "0",
     }
     paths = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
-    return {**defaults, **os.environ, "PYTHONPATH": paths, SETTINGS_VARIABLE: json.dumps(settings)}
+    fixed = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": paths, SETTINGS_VARIABLE: json.dumps(settings)}
+    return {**defaults, **os.environ, **fixed}
+
+
+def users_offline() -> bool:
+    """Whether the user wants no network: as huggingface_hub reads it, before the workflow said it to its jobs."""
+    ours, theirs = os.environ.get(OFFLINE_VARIABLE), ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    said = [ours] if ours is not None else [os.environ.get(name, "") for name in theirs]
+    return any(value.upper() in {"1", "ON", "YES", "TRUE"} for value in said)
 
 
 def from_arguments(args: argparse.Namespace) -> Config:

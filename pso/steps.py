@@ -6,10 +6,11 @@ step is one repository, fetched or drawn at random: results/{scale}/hub/reposito
 
 from pathlib import Path
 
-from pso.entries import UNTUNED, Checkpoint, Config
+from pso.entries import UNTUNED, Checkpoint, Config, RepositoryEntry
 from pso.hub import hub_dir, is_outside
 from pso.imagefolder import METADATA
 from pso.paths import RESULTS
+from pso.provenance import UserError
 from pso.runs import jobs
 from pso.runs import metrics as shown_metrics
 
@@ -136,6 +137,20 @@ def metric_repositories(config: Config, metric: str) -> list[str]:
     """What is fetched for a metric; a head that the workflow trains is not."""
     parts = [part for part in config.metrics[metric].checkpoints.values() if not _made_for_models(part)]
     return sorted({repo for part in parts for repo in (part.repo, part.processor) if repo})
+
+
+def published_entry(config: Config, repo: str) -> RepositoryEntry:
+    """The repository's own entry, or that of the repository of which it is a mirror: the same files at a commit of
+    its own."""
+    if repo in config.repositories:
+        return config.repositories[repo]
+    for entry in config.repositories.values():
+        if repo in entry.mirrors:
+            return entry.model_copy(update={"revision": None, "gone": None, "mirrors": []})
+    raise UserError(
+        f"repository {repo} has no entry in repositories.yaml and is nobody's mirror there; add an entry with its "
+        "files, size_gb and licence, or its name to the mirrors of the repository whose files it has."
+    )
 
 
 def needed(config: Config) -> dict[str, list[str]]:

@@ -45,6 +45,12 @@ TORCH_FREE = [
             "dreambooth",
             "hub",
             "imagefolder",
+            "chosen",
+            "download",
+            "fetch",
+            "lockfile",
+            "remote",
+            "replacing",
             "figures",
             "rehearsal_data",
         )

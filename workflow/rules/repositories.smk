@@ -1,5 +1,7 @@
 # The hub of the scales that take the published files: one step for each repository that the tables asked for need.
 
+from pso.steps import needed, published_entry, slug
+
 
 rule hub:
     input:
@@ -7,9 +9,13 @@ rule hub:
         STEPS.shown(),
 
 
-def repository_of(slug):
-    """The entry of repositories.yaml, from the name of its step."""
-    return next(name for name in CONFIG.repositories if name.replace("/", "--") == slug)
+try:
+    ENTRIES = {
+        slug(name): (name, published_entry(CONFIG, name))
+        for name in [*CONFIG.repositories, *needed(CONFIG)]
+    }
+except UserError as error:
+    sys.exit(f"config: {error}")
 
 
 if CONFIG.scale_entry.hub == "fetched":
@@ -22,8 +28,8 @@ if CONFIG.scale_entry.hub == "fetched":
         conda:
             "../../envs/pso-bench.yaml"
         params:
-            repo=lambda w: repository_of(w.slug),
-            entry=lambda w: CONFIG.repositories[repository_of(w.slug)].model_dump(
+            repo=lambda w: ENTRIES[w.slug][0],
+            entry=lambda w: ENTRIES[w.slug][1].model_dump(
                 include={"source", "files", "variant", "revision", "sha256"}
             ),
         shell:
@@ -39,7 +45,7 @@ else:
         conda:
             "../../envs/pso-bench.yaml"
         params:
-            repo=lambda w: repository_of(w.slug),
+            repo=lambda w: ENTRIES[w.slug][0],
             settings=CONFIG.scale_entry.random.model_dump(),
             subjects=sorted(
                 {s for t in CONFIG.table_entries.values() for s in t.subjects}
