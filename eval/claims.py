@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from eval.paper import FAILS as PAPER_FAILS
-from eval.paper import bears_out, doubts, reference_file
+from eval.paper import bears_out, doubts
 from eval.scores import (
     Scores,
     check_same_scorer,
@@ -29,6 +29,7 @@ from eval.tables import digits, scale_sentence
 from pso import paths
 from pso.config import add_arguments, from_arguments
 from pso.entries import UNTUNED, ClaimEntry, Config
+from pso.paths import reference_file
 from pso.provenance import atomic, digest, sentences, write_json
 from pso.runs import metric_missing
 

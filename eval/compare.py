@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from eval.paper import load_reference
+from eval.paper import DOUBTFUL, load_reference
 from eval.prose import paragraph
 from eval.scores import Scores, find_row, metric_title, pair, read_scores, table_entry, units
 from eval.stats import mean_interval, paired_difference, prompt_means
 from eval.tables import DASH, digits, scale_sentence
+from eval.untuned import off, warning
 from pso import paths
 from pso.config import add_arguments, from_arguments
 from pso.entries import UNTUNED, Config, Row, TableEntry
@@ -28,7 +29,8 @@ TEACHER = "sdxl"  # the undistilled model: its rows are no base
 VERDICTS = ("agrees", "disagrees", "inconclusive")
 CELL_VERDICTS = ("same", "higher", "lower")
 NOT_COMPARABLE = "not comparable"
-DOUBTFUL = "(?)"
+NOT_MEASURED = ("missing", "not measured")  # how the verdict on what has no number begins
+DIRECTION_HEAD = ["Row", "Base", "Column", "Paper", "Ours", "95 % interval", "Verdict"]
 RULE = """\
 Base of a row: the untuned row of the distilled model (of the same model and steps where the table has several).
 *agrees*: the 95 % interval of our paired difference to the base (bootstrap over prompts) lies on the paper's side of 0;
@@ -97,8 +99,8 @@ def direction(config: Config, reader: Reader, cell: pd.Series, base: pd.Series) 
     return found | measured | {"verdict": verdict}
 
 
-def compare_cell(config: Config, reader: Reader, cell: pd.Series) -> dict:
-    """One of our cells beside the paper's."""
+def compare_cell(config: Config, reader: Reader, cell: pd.Series, held: bool | None = None) -> dict:
+    """One of our cells beside the paper's; held: whether to take the difference, else as `comparable` says."""
     row = find_row(reader.table, cell["label"])
     found = {"eval_set": cell["eval_set"], "label": row.label, "metric": cell["metric"], "paper": cell["printed"]}
     found |= dict.fromkeys(("ours", "interval", "difference", "tolerance")) | {"doubtful": bool(cell["note"])}
@@ -108,7 +110,7 @@ def compare_cell(config: Config, reader: Reader, cell: pd.Series) -> dict:
     frame, scale = reader(row, cell["eval_set"], cell["metric"]).frame, config.scale_entry
     ours = mean_interval(frame["score"], resamples=scale.bootstrap_resamples, seed=scale.eval_seed, **units(frame))
     found |= {"ours": ours.value, "interval": [ours.low, ours.high]}
-    if not comparable(config):
+    if not (comparable(config) if held is None else held):
         return found | {"verdict": NOT_COMPARABLE}
     # with subjects these are what a mean counts: 30 in the paper
     means = prompt_means(frame["prompt_id" if frame["subject"].isna().all() else "subject"], frame["score"])[0]
@@ -141,25 +143,28 @@ def compare(config: Config, results: Path, name: str) -> dict:
             directions.append(direction(config, reader, cell, cells.loc[(cell["eval_set"], base, cell["metric"])]))
         beside.append(compare_cell(config, reader, cell))
     found = {"table": name, "scale": config.scale, "comparable": comparable(config)}
-    found |= {"counts": _counts(directions, VERDICTS), "directions": directions}
+    found |= {"counts": counts(directions, VERDICTS), "directions": directions}
     possible = CELL_VERDICTS if comparable(config) else (NOT_COMPARABLE,)
-    return found | {"cell_counts": _counts(beside, possible), "cells": beside}
+    found |= {"cell_counts": counts(beside, possible), "cells": beside}
+    measured = {(e["eval_set"], e["label"], e["metric"]): (e["ours"], *e["interval"]) for e in beside if e["interval"]}
+    named = off(config, name, measured)
+    return found | ({"untuned_off": named} if named else {})
 
 
-def _counts(entries: list[dict], verdicts: tuple[str, ...]) -> dict[str, int]:
+def counts(entries: list[dict], verdicts: tuple[str, ...]) -> dict[str, int]:
     """How often each verdict was given, the possible ones first."""
-    counts = Counter(entry["verdict"] for entry in entries)
-    return {verdict: counts[verdict] for verdict in [*verdicts, *sorted(set(counts) - set(verdicts))]}
+    number = Counter(entry["verdict"] for entry in entries)
+    return {verdict: number[verdict] for verdict in [*verdicts, *sorted(set(number) - set(verdicts))]}
 
 
 def summary(found: dict) -> str:
-    directions = f"{len(found['directions'])} directions: {_listed(found['counts'])}"
-    cells = f"{len(found['cells'])} cells: {_listed(found['cell_counts'])}"
+    directions = f"{len(found['directions'])} directions: {listed(found['counts'])}"
+    cells = f"{len(found['cells'])} cells: {listed(found['cell_counts'])}"
     return f"{found['table']} at scale {found['scale']}, {directions}; {cells}"
 
 
-def _listed(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+def listed(number: dict[str, int]) -> str:
+    return ", ".join(f"{count} {verdict}" for verdict, count in number.items())
 
 
 # ---- as text ----
@@ -170,24 +175,24 @@ def to_markdown(config: Config, found: dict) -> str:
     parts = [
         f"# {name} against the paper, scale {config.scale}",
         scale_sentence(config),
+        *([f"**{told}**"] if (told := warning(config, found.get("untuned_off", []))) else []),
         paragraph(found, {metric: metric_title(config, metric) for metric in table_entry(config, name).metrics}),
         f"**{summary(found)}.**",
     ]
-    head = ["Row", "Base", "Column", "Paper", "Ours", "95 % interval", "Verdict"]
-    parts += ["## Directions", RULE, *_blocks(config, found["directions"], _direction_line, head)]
+    parts += ["## Directions", RULE, *blocks(config, found["directions"], direction_line, DIRECTION_HEAD)]
     head = ["Row", "Column", "Paper", "Ours", "95 % interval", "Difference", "Tolerance", "Verdict"]
     rule = CELL_RULE if found["comparable"] else NO_CELL_RULE
-    parts += ["## Cells", rule, *_blocks(config, found["cells"], _cell_line, head)]
+    parts += ["## Cells", rule, *blocks(config, found["cells"], _cell_line, head)]
     parts.append(f"{DOUBTFUL} A doubtful cell of the paper; the column `note` of eval/reference/{name}.csv says why.")
     return "\n\n".join(parts) + "\n"
 
 
-def _blocks(config: Config, entries: list[dict], line: Callable, head: list[str]) -> list[str]:
+def blocks(config: Config, entries: list[dict], line: Callable, head: list[str]) -> list[str]:
     """Per eval set a table of what was measured and a list of what was not."""
     parts = []
     for eval_set in dict.fromkeys(entry["eval_set"] for entry in entries):
         block = [entry for entry in entries if entry["eval_set"] == eval_set]
-        measured = [entry for entry in block if not entry["verdict"].startswith("missing")]
+        measured = [entry for entry in block if not entry["verdict"].startswith(NOT_MEASURED)]
         parts.append(f"### {eval_set}")
         if measured:
             lines = pd.DataFrame([line(config, entry) for entry in measured], columns=head)
@@ -208,7 +213,7 @@ def _missing_list(config: Config, entries: list[dict]) -> str:
     return "\n".join(f"- {what}: {', '.join(labels)}" for what, labels in rows.items())
 
 
-def _direction_line(config: Config, entry: dict) -> list[str]:
+def direction_line(config: Config, entry: dict) -> list[str]:
     metric, interval = entry["metric"], entry["interval"]
     places = digits(config.metrics[metric].decimals + 1, interval)
     ours, low, high = (f"{value:+z.{places}f}" for value in (entry["difference"], *interval))
@@ -244,7 +249,11 @@ def main() -> None:
     add_arguments(parser)
     args = parser.parse_args()
     with sentences("eval.compare"):
-        print(summary(write(from_arguments(args), args.results, args.table)))
+        config = from_arguments(args)
+        found = write(config, args.results, args.table)
+        print(summary(found))
+        if told := warning(config, found.get("untuned_off", [])):
+            print(told)
 
 
 if __name__ == "__main__":

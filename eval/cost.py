@@ -13,7 +13,7 @@ import pandas as pd
 
 from pso.config import add_arguments, from_arguments
 from pso.entries import UNTUNED, Config
-from pso.paths import RESULTS, model_dir, root_of, run_dir, scale_dir
+from pso.paths import RESULTS, manifest, model_dir, root_of, run_dir, scale_dir
 from pso.provenance import UserError, atomic, sentences
 from pso.runs import jobs
 from pso.steps import Steps
@@ -42,8 +42,9 @@ def records(config: Config, results: Path) -> list[dict]:
     drawn = sorted(root.glob("hub/repositories/*.json")) if config.scale_entry.hub == "random" else []
     paths = [*drawn, *sorted(root.glob("hub/*.json")), *sorted(root.glob("cache/*/*.json")), *runs]
     paths += [folder / f"{what}.json" for what in ("images", "scores") for folder in models]
+    untuned = [manifest(folder, what, untuned=True) for what in ("images", "scores") for folder in models]
     found = []
-    for path in dict.fromkeys(paths):
+    for path in dict.fromkeys([*paths, *(path for path in untuned if path.exists())]):
         if not path.exists():
             raise UserError(f"{path} is not there; run `snakemake --cores 2` first.")
         content = json.loads(path.read_text())
@@ -58,7 +59,7 @@ def stage(job: str) -> str:
     if job.startswith("hub/preference_model_"):
         return "preference models"
     first, last = job.split("/")[0], job.split("/")[-1]
-    return STAGES.get(first) or STAGES.get(last, last)
+    return STAGES.get(first) or STAGES.get(last, last.removeprefix("untuned_"))
 
 
 def tables(config: Config, results: Path) -> list[str]:

@@ -1,11 +1,12 @@
 """Images of every row of one model, in one process: the base is loaded once, the LoRAs are swapped.
 
-    python -m eval.generate --model sdxl_dmd2 [--task preference]
+    python -m eval.generate --model sdxl_dmd2 [--task preference] [--untuned]
 
 Images are ordered by prompt id and seed and cut into blocks of `eval_batch`; a shard is a run of
 blocks. A block's pixels depend on nothing outside it (keyed noise, its own text encoding, the last
 one padded), so images are byte-identical under any sharding, order and restart. Shards that are
-there and were made from the same inputs are kept. images.json, written last, lists them all.
+there and were made from the same inputs are kept. images.json, written last, lists them all; with --untuned only
+the rows in which nothing was trained are made and listed, in untuned_images.json.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from pso.dreambooth import load_subject
 from pso.entries import Config, DatasetEntry
 from pso.hub import Hub, hub_dir
 from pso.models import chain_for, load_policy
-from pso.paths import RESULTS, model_dir, root_of, scale_dir
+from pso.paths import RESULTS, manifest, model_dir, root_of, scale_dir
 from pso.policy import Policy, to_images
 from pso.provenance import Meter, UserError, atomic, digest, fingerprint, record, sentences, sha256_of, write_json
 from pso.rollout import rollout
@@ -200,8 +201,8 @@ class Generator:
             self.policy.load_lora(self.loaded.parent)
 
 
-def generate(config: Config, model: str, results: Path, task: str | None = None) -> None:
-    meter, found, wanted_jobs = Meter(), {}, jobs_asked_for(config, model, task)
+def generate(config: Config, model: str, results: Path, task: str | None = None, untuned: bool = False) -> None:
+    meter, found, wanted_jobs = Meter(), {}, jobs_asked_for(config, model, task, untuned)
     generator = Generator(config, model, results)
     began = time.monotonic()
     for number, job in enumerate(wanted_jobs, 1):
@@ -218,7 +219,7 @@ def generate(config: Config, model: str, results: Path, task: str | None = None)
     settings = {"scale": config.scale, "model": {model: config.models[model].model_dump()}}
     for task, listed in found.items():
         write_json(
-            model_dir(config.scale, task, model, results) / "images.json",
+            manifest(model_dir(config.scale, task, model, results), "images", untuned),
             record("generate", settings, generator.inputs, meter, images=listed, truncated_prompts=truncated),
         )
 
@@ -228,6 +229,7 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--model", required=True)
     parser.add_argument("--task", help="one task alone, with all its subjects; default: all tasks")
+    parser.add_argument("--untuned", action="store_true", help="only the rows in which nothing was trained")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -235,7 +237,7 @@ def main() -> None:
         config = from_arguments(args)
         if args.model not in config.models:
             raise ConfigError(f"--model is {args.model!r}; expected one of {', '.join(config.models)}.")
-        generate(config, args.model, args.results, args.task)
+        generate(config, args.model, args.results, args.task, args.untuned)
 
 
 if __name__ == "__main__":

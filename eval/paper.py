@@ -1,19 +1,15 @@
 """What the paper prints: its cells (eval/reference), and whether they bear out its own sentences. No torch."""
 
 from decimal import Decimal
-from pathlib import Path
 
 import pandas as pd
 
 from pso.entries import ClaimEntry
+from pso.paths import REFERENCE, reference_file
 from pso.provenance import UserError
 
-REFERENCE = Path(__file__).resolve().parent / "reference"
+DOUBTFUL = "(?)"  # a cell with a note
 HOLDS, FAILS, EQUAL, NOT_PRINTED = "holds", "does not hold", "equal", "not printed"
-
-
-def reference_file(table: str) -> Path:
-    return REFERENCE / f"{table}.csv"
 
 
 def load_reference(table: str) -> pd.DataFrame:

@@ -1,10 +1,11 @@
 """Scores of pictures by several metrics in one process: each scorer is loaded once. Of a model's images in the DAG:
 
-    python -m eval.score --model sdxl_dmd2 [--task preference]
+    python -m eval.score --model sdxl_dmd2 [--task preference] [--untuned]
 
 Reads images.json and the shards it lists; a missing, changed or broken image stops the job, it never
 shrinks a mean. Writes one parquet per run, eval set and metric: one row per image, the scorer's
-description in the schema metadata. scores.json, written last, records the job.
+description in the schema metadata. scores.json, written last, records the job. With --untuned the rows in
+which nothing was trained alone, from untuned_images.json to untuned_scores.json.
 
 Of anyone's pictures (eval/score_folder.py):
 
@@ -35,7 +36,7 @@ from pso.dreambooth import load_subject
 from pso.entries import Config
 from pso.hub import Hub, hub_dir
 from pso.models import load_metric
-from pso.paths import RESULTS, model_dir, root_of, scale_dir
+from pso.paths import RESULTS, manifest, model_dir, root_of, scale_dir
 from pso.provenance import Meter, UserError, atomic, record, sentences, sha256_of, write_json
 from pso.runs import Job, jobs, jobs_asked_for, metrics, not_comparable
 
@@ -69,15 +70,20 @@ def is_current(path: Path, about: dict) -> bool:
 
 
 class Scoring:
-    """All images of one model's jobs of one task, its subjects together, by the metrics that its tables show."""
+    """All images of one model's jobs of one task, its subjects together, by the metrics that its tables show.
 
-    def __init__(self, config: Config, model: str, task: str, results: Path):
+    untuned: of its untuned jobs alone.
+    """
+
+    def __init__(self, config: Config, model: str, task: str, results: Path, untuned: bool = False):
         self.config, self.model, self.task, self.results = config, model, task, results
         self.hub, self.folder = Hub(hub_dir(config.scale, results)), model_dir(config.scale, task, model, results)
-        self.again = f'`python -m eval.generate --model {model} --set \'{{"scale": "{config.scale}"}}\'`'
+        only = " --untuned" if untuned else ""
+        self.again = f'`python -m eval.generate --model {model}{only} --set \'{{"scale": "{config.scale}"}}\'`'
         names, device = metrics(config, task), default_device()
         self.scorers = {name: load_metric(name, config.metrics[name], self.hub, device) for name in names}
-        self.manifest = _manifest(self.folder / "images.json", self.again)
+        self.images_file, self.out = (manifest(self.folder, what, untuned) for what in ("images", "scores"))
+        self.manifest = _manifest(self.images_file, self.again)
         self.shown = set(jobs(config, model, task))
         self.tally, self.prompts, self.made = Tally(), {}, 0
 
@@ -86,7 +92,7 @@ class Scoring:
         for entry in self.manifest:
             if {k: entry[k] for k in asdict(job)} == asdict(job):
                 return entry["shards"]
-        raise UserError(f"{self.folder}/images.json does not list {job.method} on {job.eval_set}; run {self.again}.")
+        raise UserError(f"{self.images_file} does not list {job.method} on {job.eval_set}; run {self.again}.")
 
     def images(self, job: Job) -> tuple[Pictures, list[str]]:
         """What the manifest lists of a job, and the sha256 of its shards."""
@@ -139,14 +145,15 @@ def same_noise(pictures: Pictures, untuned: Pictures, again: str) -> Pictures:
     return untuned.at([row[key] for key in keys[0]], pictures.frame)
 
 
-def score(config: Config, model: str, results: Path, task: str | None = None) -> None:
-    todo = jobs_asked_for(config, model, task)
+def score(config: Config, model: str, results: Path, task: str | None = None, untuned: bool = False) -> None:
+    todo = jobs_asked_for(config, model, task, untuned)
     for root in sorted({root_of(job.task) for job in todo}):
-        score_task(config, model, results, root, [job for job in todo if root_of(job.task) == root])
+        scoring = Scoring(config, model, root, results, untuned)
+        score_task(scoring, [job for job in todo if root_of(job.task) == root])
 
 
-def score_task(config: Config, model: str, results: Path, task: str, todo: list[Job]) -> None:
-    meter, scoring = Meter(), Scoring(config, model, task, results)
+def score_task(scoring: Scoring, todo: list[Job]) -> None:
+    meter, config = Meter(), scoring.config
     began, count = time.monotonic(), 0
     for number, job in enumerate(todo, 1):
         images = scoring.run(job)
@@ -162,7 +169,7 @@ def score_task(config: Config, model: str, results: Path, task: str, todo: list[
     for line in said(seen):
         log.info(line)
     found = record("score", settings, scoring.hub.inputs(), meter, specs=specs, seen=seen)
-    write_json(scoring.folder / "scores.json", found)
+    write_json(scoring.out, found)
 
 
 def _manifest(path: Path, again: str) -> list[dict]:
@@ -185,16 +192,20 @@ def main() -> None:
             given = "neither --model nor --images is" if args.model is None else "--model and --images are both"
             raise UserError(f"{given} given; expected --model for its images in --results, or --images for your own.")
         theirs = ("prompts", "metrics", "out", "hub", "untuned", "pictures") if args.images is None else ("task",)
-        if foreign := [f"--{option}" for option in theirs if getattr(args, option) is not None]:
+        given = {option: getattr(args, option) for option in theirs}
+        given |= {"untuned": None} if given.get("untuned") is True else {}  # of --model it names no folder
+        if foreign := [f"--{option}" for option, value in given.items() if value is not None]:
             mode = "--model" if args.images is None else "--images"
             raise UserError(f"{', '.join(foreign)} given with {mode}, which takes no such option; leave it out.")
+        if args.images is not None and args.untuned is True:
+            raise UserError("--untuned is given without a value; with --images it names the untuned model's pictures.")
         config = from_arguments(args)
         if args.images is not None:
             score_folder.run(config, args)
             return
         if args.model not in config.models:
             raise ConfigError(f"--model is {args.model!r}; expected one of {', '.join(config.models)}.")
-        score(config, args.model, args.results, args.task)
+        score(config, args.model, args.results, args.task, args.untuned is True)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metrics", help=f"names of metrics.yaml, with commas; default: {METRICS}")
     parser.add_argument("--out", type=Path, help=f"default: {OUT}")
     parser.add_argument("--hub", type=Path, help="folder with repositories by id; default: the scale's stand-ins")
-    parser.add_argument("--untuned", type=Path, help="the untuned model's pictures under the same names, for drift")
+    untuned = (
+        "the untuned model's pictures under the same names, for drift; with --model no value: its untuned rows alone"
+    )
+    parser.add_argument("--untuned", type=Path, nargs="?", const=True, help=untuned)
     parser.add_argument("--pictures", type=Path, help="real pictures of the subject, for dino and clip_i")
 
 

@@ -6,11 +6,13 @@ Rows and order are those of tables.yaml. A row or column without numbers stands 
 import argparse
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from eval.paper import printed_decimals
+from eval.run_notes import run_notes
 from eval.scores import (
     MANY_SUBJECTS,
     Scores,
@@ -22,6 +24,7 @@ from eval.scores import (
     units,
 )
 from eval.stats import mean_interval
+from eval.untuned import off, warning
 from pso import paths
 from pso.config import add_arguments, from_arguments
 from pso.entries import UNTUNED, Config, Row, TableEntry
@@ -152,8 +155,8 @@ def scale_sentence(config: Config) -> str:
     return f"Scale {config.scale}: {config.scale_entry.caption}"
 
 
-def notes(config: Config, table: TableEntry, frame: pd.DataFrame) -> list[str]:
-    """What a reader has to know besides the caption: one sentence each."""
+def notes(config: Config, table: TableEntry, frame: pd.DataFrame, of_runs: Sequence[str] = ()) -> list[str]:
+    """What a reader has to know besides the caption: one sentence each. of_runs: eval.run_notes."""
     told = [scale_sentence(config)]
     rewards: dict[str, list[str]] = {}
     for row in table.shown_rows:
@@ -176,7 +179,7 @@ def notes(config: Config, table: TableEntry, frame: pd.DataFrame) -> list[str]:
     told += [f"{DASH} in {', '.join(columns)}: {reason}." for reason, columns in reasons.items()]
     for line in frame[frame["dropped"] != ""].itertuples():
         told.append(f"Images without a score, {line.label} on {line.eval_set}: {line.dropped}.")
-    return told
+    return [*told, *of_runs]
 
 
 def subject_notes(table: TableEntry) -> list[str]:
@@ -198,9 +201,22 @@ def resampled(table: TableEntry) -> str:
     return "subjects" if many else f"prompts within subjects, because there are fewer than {MANY_SUBJECTS}"
 
 
-def to_markdown(config: Config, name: str, frame: pd.DataFrame) -> str:
+def off_cells(config: Config, name: str, frame: pd.DataFrame) -> list[str]:
+    """The untuned cells that are off the paper's, named."""
+    measured = {}
+    for line in frame[frame["status"] == ""].to_dict("records"):
+        for metric in all_metrics(table_entry(config, name)):
+            if pd.notna(line[metric]):
+                found = (line[metric], line[f"{metric}_low"], line[f"{metric}_high"])
+                measured[line["eval_set"], line["label"], metric] = found
+    return off(config, name, measured)
+
+
+def to_markdown(config: Config, name: str, frame: pd.DataFrame, of_runs: Sequence[str] = ()) -> str:
     table = table_entry(config, name)
     parts = [f"# {name}, scale {config.scale}", table.caption]
+    if told := warning(config, off_cells(config, name, frame)):
+        parts.append(f"**{told}**")
     for eval_set, lines in frame.groupby("eval_set", sort=False):
         cells, best = block(config, name, lines, all_metrics(table))
         text = cells.mask(best, "**" + cells + "**")
@@ -213,7 +229,7 @@ def to_markdown(config: Config, name: str, frame: pd.DataFrame) -> str:
             f"## {heading(eval_set, lines)}",
             text.to_markdown(index=False, disable_numparse=True, colalign=align),
         ]
-    parts.append("\n".join(f"- {note}" for note in notes(config, table, frame)))
+    parts.append("\n".join(f"- {note}" for note in notes(config, table, frame, of_runs)))
     over = resampled(table)
     parts.append(f"95 % intervals (bootstrap over {over}) are in {name}.csv; they do not cover the training seed.")
     return "\n\n".join(parts) + "\n"
@@ -228,7 +244,7 @@ def escape_latex(text: str) -> str:
     return text.translate(LATEX_SPECIAL)
 
 
-def to_latex(config: Config, name: str, frame: pd.DataFrame) -> str:
+def to_latex(config: Config, name: str, frame: pd.DataFrame, of_runs: Sequence[str] = ()) -> str:
     """Table environments of at most a page each; the document needs booktabs and nothing else."""
     table = table_entry(config, name)
     panels = [(table.metrics, frame)]
@@ -236,7 +252,7 @@ def to_latex(config: Config, name: str, frame: pd.DataFrame) -> str:
     starts = range(0, len(table.extra_metrics), PAGE_COLUMNS)
     panels += [(table.extra_metrics[i : i + PAGE_COLUMNS], frame[frame["status"] == ""]) for i in starts]
     bodies = [_tabular(config, name, part, metrics) for metrics, lines in panels for part in _pages(lines)]
-    caption = escape_latex(" ".join([table.caption, *notes(config, table, frame)]))
+    caption = escape_latex(" ".join([table.caption, *notes(config, table, frame, of_runs)]))
     heads = [f"\\caption{{{caption}}}\n\\label{{{table.label}}}"]
     heads += ["\\addtocounter{table}{-1}\n\\caption{(continued)}"] * (len(bodies) - 1)
     # makebox centres a tabular that is wider than the text
@@ -283,18 +299,21 @@ def _tabular(config: Config, name: str, frame: pd.DataFrame, metrics: list[str])
     return "\n".join([*merged, *latex[top + 1 + len(cells) :]])
 
 
-def write(config: Config, results: Path, name: str) -> list[Path]:
+def write(config: Config, results: Path, name: str) -> list[str]:
+    """The files; what to say about it: where they lie, and a warning where untuned rows are off."""
     frame = build(config, results, name)
+    of_runs = run_notes(config, results, table_entry(config, name))
     folder = paths.scale_dir(config.scale, results) / "tables"
     texts = {
         "csv": frame.to_csv(index=False),
-        "md": to_markdown(config, name, frame),
-        "tex": to_latex(config, name, frame),
+        "md": to_markdown(config, name, frame, of_runs),
+        "tex": to_latex(config, name, frame, of_runs),
     }
     for ending, text in texts.items():
         with atomic(folder / f"{name}.{ending}") as part:
             part.write_text(text)
-    return [folder / f"{name}.{ending}" for ending in texts]
+    told = warning(config, off_cells(config, name, frame))
+    return [*(str(folder / f"{name}.{ending}") for ending in texts), *([told] if told else [])]
 
 
 def main() -> None:
@@ -304,8 +323,8 @@ def main() -> None:
     add_arguments(parser)
     args = parser.parse_args()
     with sentences("eval.tables"):
-        for path in write(from_arguments(args), args.results, args.table):
-            print(path)
+        for line in write(from_arguments(args), args.results, args.table):
+            print(line)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ results/{scale}/{task}/{model}/{method}/seed{seed}/          one run; task of a 
     images/{eval_set}/steps{n}/shard{k}.parquet
     scores/{eval_set}/steps{n}/{metric}.parquet
 results/{scale}/{task}/{model}/images.json scores.json       all runs of a model and task, all subjects together
+results/{scale}/{task}/{model}/untuned_images.json untuned_scores.json calibrate.json    its untuned rows alone
+results/{scale}/calibrate.{md,json}                          the untuned rows against the paper's cells
 results/{scale}/tables/  claims.{md,json}  figures/  hub/  cache/
 """
 
@@ -12,6 +14,7 @@ from pathlib import Path
 
 RESULTS = Path("results")
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
+REFERENCE = Path(__file__).resolve().parent.parent / "eval" / "reference"
 
 
 def scale_dir(scale: str, results: Path = RESULTS) -> Path:
@@ -36,9 +39,19 @@ def run_dir(scale: str, task: str, model: str, method: str, seed: int, results: 
     return model_dir(scale, task, model, results) / method / f"seed{seed}"
 
 
+def manifest(folder: Path, what: str, untuned: bool = False) -> Path:
+    """images.json or scores.json of a model_dir; `untuned`: of its untuned rows alone."""
+    return folder / f"{'untuned_' if untuned else ''}{what}.json"
+
+
 def images_dir(run: Path, eval_set: str, steps: int) -> Path:
     return run / "images" / eval_set / f"steps{steps}"
 
 
 def scores_file(run: Path, eval_set: str, steps: int, metric: str) -> Path:
     return run / "scores" / eval_set / f"steps{steps}" / f"{metric}.parquet"
+
+
+def reference_file(table: str) -> Path:
+    """The paper's cells of a table, if it has it."""
+    return REFERENCE / f"{table}.csv"

@@ -1,12 +1,23 @@
 """What has to be run for the tables that were asked for: look-ups, torch-free."""
 
 import itertools
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pso.config import ConfigError, load
-from pso.entries import UNTUNED, Config, TableEntry
-from pso.paths import LORA_FILE, RESULTS, images_dir, root_of, run_dir, scores_file, subject_of
+from pso.entries import UNTUNED, Config, Row, TableEntry
+from pso.paths import (
+    LORA_FILE,
+    RESULTS,
+    images_dir,
+    model_dir,
+    reference_file,
+    root_of,
+    run_dir,
+    scores_file,
+    subject_of,
+)
 
 
 @dataclass(frozen=True, order=True)
@@ -83,14 +94,43 @@ def jobs(config: Config, model: str | None = None, task: str | None = None) -> l
     return sorted({job for t in tables if task in (None, t.task) for job in _table_jobs(config, t, model)})
 
 
-def jobs_asked_for(config: Config, model: str, task: str | None) -> list[Job]:
-    """The jobs of a command with --model and --task, or a sentence if there are none."""
-    if found := jobs(config, model, task):
-        return found
+def jobs_asked_for(config: Config, model: str, task: str | None, untuned: bool = False) -> list[Job]:
+    """The jobs of a command with --model, --task and --untuned, or a sentence if there are none."""
+    found = jobs(config, model, task)
+    if wanted := [job for job in found if job.method == UNTUNED or not untuned]:
+        return wanted
+    if found:
+        raise ConfigError(f"--untuned is given, but no row of {', '.join(config.tables)} shows {model} untuned.")
     tables, tasks = ", ".join(config.tables), sorted({root_of(job.task) for job in jobs(config, model)})
     if not tasks:
         raise ConfigError(f"--model is {model!r}, but no row of {tables} shows it.")
     raise ConfigError(f"--task is {task!r}, but {model} has no row for it in {tables}; expected {' or '.join(tasks)}.")
+
+
+def calibrated(config: Config) -> list[tuple[str, Row]]:
+    """Task and row of every untuned row that the paper has too, of the tables asked for."""
+    tables = [config.table_entries[name] for name in config.tables if reference_file(name).exists()]
+    return [(t.task, row) for t in tables for row in t.rows if row.method == UNTUNED and row.missing is None]
+
+
+def calibrations(config: Config, task: str, model: str, results: Path = RESULTS) -> list[Path]:
+    """What has to say whether a model's untuned rows are the paper's before it is tuned for a task.
+
+    Of that task; where it has no such row on the grid that is tuned, of the model's other tasks. Nothing where the
+    weights or the judges are not the published ones.
+    """
+    if config.scale_entry.hub != "fetched":
+        return []
+    steps = config.models[model].tuned_steps
+    tasks = {of for of, row in calibrated(config) if (row.model, row.steps) == (model, steps)}
+    tasks = {root_of(task)} & tasks or tasks
+    return [model_dir(config.scale, of, model, results) / "calibrate.json" for of in sorted(tasks)]
+
+
+def off_before(config: Config, task: str, model: str, results: Path = RESULTS) -> list[str]:
+    """What calibration found off, in sentences, for whoever tunes the model all the same."""
+    found = [json.loads(path.read_text()) for path in calibrations(config, task, model, results) if path.exists()]
+    return [f"warning: {model} untuned is off the paper's: {line}" for one in found for line in one["off"]]
 
 
 def metrics(config: Config, task: str) -> list[str]:

@@ -35,6 +35,7 @@ from pso.paths import LORA_FILE, RESULTS, run_dir, subject_of
 from pso.policy import Conditioning, Policy
 from pso.probe import Probe
 from pso.provenance import Meter, UserError, atomic, fingerprint, record, sentences, write_json
+from pso.runs import off_before
 from pso.training_data import give_data
 from pso.visits import probed
 
@@ -367,6 +368,8 @@ def main() -> None:
             handlers=[logging.StreamHandler(sys.stderr), logging.FileHandler(folder / "tune.log")],
         )
         logging.raiseExceptions = False  # of a full disk speaks who needs the room, not the console log
+        for line in off_before(config, args.task, args.model, args.results):
+            log.warning("%s", line)
         tune(Run(config, args.task, args.model, args.method, args.seed, folder, args.results), accelerator)
         log.info("wrote %s", folder / "lora" / LORA_FILE)
 

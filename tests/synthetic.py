@@ -24,6 +24,7 @@ from pso.entries import (
     ScaleEntry,
     TableEntry,
 )
+from pso.standin_entries import StandIn
 
 EVAL_SETS = ("pickapic_test", "parti_prompts")
 NUM_PROMPTS, NUM_SEEDS = 30, 2
@@ -83,7 +84,13 @@ def config(**changes) -> Config:
         "scale": "miniature",
         "seeds": [0],
         "tables": ["table1"],
-        "scale_entry": ScaleEntry.model_construct(eval_seed=0, bootstrap_resamples=200, caption="a stand-in world."),
+        "scale_entry": ScaleEntry.model_construct(
+            # as the shipped scales have it: weights and data are fetched or a stand-in
+            standin=None if changes.get("scale") in ("paper", "reduced") else StandIn.model_construct(),
+            eval_seed=0,
+            bootstrap_resamples=200,
+            caption="a stand-in world.",
+        ),
         "models": {name: ModelEntry.model_construct(title=name) for name in ("sdxl", "sdxl_dmd2")},
         "methods": methods,
         "metrics": {

@@ -22,7 +22,10 @@ BRANCHING = ("pso.rollout", "pso.forks", "pso.sources", "pso.stepwise", "pso.tun
 TORCH_FREE = [
     *(
         f"eval.{name}"
-        for name in ("stats", "scores", "tables", "compare", "claims", "figures", "grids", "curves", "cost", "readme")
+        for name in (
+            *("stats", "scores", "tables", "compare", "claims", "figures", "grids", "curves", "cost", "readme"),
+            *("paper", "untuned", "calibrate", "run_notes"),
+        )
     ),
     *(
         f"pso.{name}"

@@ -5,9 +5,9 @@ from pso.config import job_environment, load
 from pso.entries import UNTUNED
 from pso.figures import figure_names
 from pso.params import model_params, run_modules, run_params, scorer_params
-from pso.paths import LORA_FILE
+from pso.paths import LORA_FILE, manifest, model_dir, reference_file
 from pso.provenance import UserError, fingerprint
-from pso.runs import jobs, metrics, where_results_lie
+from pso.runs import calibrated, calibrations, jobs, metrics, where_results_lie
 from pso.steps import Steps
 
 
@@ -82,13 +82,14 @@ def tune_inputs(wildcards):
     return found + STEPS.rewards(wildcards.method, wildcards.model)
 
 
-def image_jobs(wildcards):
-    """Every run whose images a process makes: one model's of one task, all subjects."""
-    return jobs(CONFIG, wildcards.model, wildcards.task)
+def image_jobs(wildcards, untuned=False):
+    """Every run whose images a process makes: one model's of one task, all subjects; untuned: those without a LoRA."""
+    found = jobs(CONFIG, wildcards.model, wildcards.task)
+    return [job for job in found if job.method == UNTUNED or not untuned]
 
 
-def image_sets(wildcards):
-    return sorted({job.eval_set for job in image_jobs(wildcards)})
+def image_sets(wildcards, untuned=False):
+    return sorted({job.eval_set for job in image_jobs(wildcards, untuned)})
 
 
 def subject_pictures(wildcards):
@@ -99,6 +100,30 @@ def subject_pictures(wildcards):
         if CONFIG.datasets[name].format == "dreambooth"
     ]
     return STEPS.data(*subjects)
+
+
+def untuned(what, task, model):
+    """The record of a model's untuned rows: one of their own where other rows wait for training."""
+    found = jobs(CONFIG, model, task)
+    alone = any(job.method != UNTUNED for job in found)
+    return str(manifest(model_dir(SCALE, task, model), what, untuned=alone))
+
+
+def made_before(what):
+    """Of generate and score: the untuned rows, where tuning waits for them; never two jobs on the same files."""
+
+    def found(wildcards):
+        shown = {(task, row.model) for task, row in calibrated(CONFIG)}
+        if (
+            CONFIG.scale_entry.hub != "fetched"
+            or (wildcards.task, wildcards.model) not in shown
+        ):
+            return []
+        path = untuned(what, wildcards.task, wildcards.model)
+        own = str(manifest(model_dir(SCALE, wildcards.task, wildcards.model), what))
+        return [path] if path != own else []
+
+    return found
 
 
 def lora_inputs(wildcards):
@@ -121,8 +146,7 @@ def table_scores(table):
 
 def reference(*tables):
     """The paper's cells of those tables that it has."""
-    files = [ROOT / "eval" / "reference" / f"{table}.csv" for table in tables]
-    return [str(path) for path in files if path.exists()]
+    return [str(path) for path in map(reference_file, tables) if path.exists()]
 
 
 def table_files(table):

@@ -7,6 +7,7 @@ rule generate:
         lambda w: STEPS.data(*image_sets(w)),
         lambda w: STEPS.model(w.model) + STEPS.gate(w.model),
         lora_inputs,
+        made_before("images"),
     output:
         f"{BASE}/{{task}}/{{model}}/images.json",
     log:
@@ -32,6 +33,7 @@ rule score:
         f"{BASE}/{{task}}/{{model}}/images.json",
         lambda w: STEPS.scorers(*metrics(CONFIG, w.task)),
         subject_pictures,
+        made_before("scores"),
     output:
         f"{BASE}/{{task}}/{{model}}/scores.json",
     log:

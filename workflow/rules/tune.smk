@@ -4,6 +4,8 @@
 rule tune:
     input:
         tune_inputs,
+        # a warning at most, so that what is trained stays when scorers change
+        ancient(lambda w: calibrations(CONFIG, w.task, w.model)),
     output:
         f"{BASE}/{{task}}/{{model}}/{{method}}/seed{{seed}}/lora/{LORA_FILE}",
         f"{BASE}/{{task}}/{{model}}/{{method}}/seed{{seed}}/run.json",
