@@ -4,6 +4,7 @@ Linear layers, convolutions and attention's products are counted, nothing else. 
 counted as its fused kernels do it, which form the scores once more: 5 products for the forward pass's 2.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -56,6 +57,7 @@ def unet(side: int) -> Work:
         return count(lambda: _denoise(published.unet(), side))
 
 
+@functools.cache  # seconds
 def lora(side: int, rank: int) -> tuple[Work, Work]:
     """(forward, backward) of theta's UNet with a LoRA on every attention layer."""
     model = published.unet().requires_grad_(False)
@@ -110,3 +112,17 @@ def image_reward() -> Work:
 
     with torch.no_grad():
         return count(reward)
+
+
+def of(network: str, side: int = 0, rank: int = 0) -> int:
+    """FLOPs of a call by the name that pso/work.py gives it."""
+    if network in ("theta", "backward"):
+        return lora(side, rank)[network == "backward"].total
+    if network.endswith("_text"):
+        return clip_text(network.removesuffix("_text")).total
+    if network.startswith("clip_"):
+        return clip_image(network).total
+    sized = {"unet": unet, "decode": decode, "encode": encode}
+    if network in sized:
+        return sized[network](side).total
+    return {"text": prompt, "image_reward": image_reward, "dino": dino}[network]().total

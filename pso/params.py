@@ -7,6 +7,7 @@ from typing import Any
 
 from pso.checks import source_of
 from pso.entries import Config
+from pso.hub import recorded
 
 
 def model_params(config: Config, model: str, steps: int | None = None) -> dict[str, Any]:
@@ -45,3 +46,9 @@ def run_params(config: Config, model: str, method: str) -> dict[str, Any]:
         "rewards": {name: scorer_params(config, name) for name in config.methods[method].metrics},
         "dtype": config.scale_entry.dtype,
     }
+
+
+def kept_params(config: Config, model: str, method: str) -> dict[str, Any]:
+    """Those of one run as its run.json keeps them: of a folder of the user's own only the name."""
+    found = run_params(config, model, method)
+    return {**found, "method": {**found["method"], "data": recorded(config.datasets[config.methods[method].data])}}

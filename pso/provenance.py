@@ -110,29 +110,34 @@ NOT_COUNTED = {
 
 
 def fingerprint(*modules: str) -> str:
-    """Hash of the code of modules, and of every module of this repository that they import, however deep.
+    """Hash of the code of modules and of all that they import: of their `fingerprints`."""
+    return digest(sorted(fingerprints(*modules).items()))
+
+
+def fingerprints(*modules: str) -> dict[str, str | None]:
+    """Module -> hash of its code: of modules, and of every module of this repository that they import, however deep.
 
     Comments and layout do not count, nor does the plumbing (NOT_COUNTED). `package.module:name` is the
-    module of `name`. Of a module of the user's from elsewhere the one file counts, or its name if there is none.
+    module of `name`. Of a module of the user's from elsewhere the one file counts, or its name if there is none (None).
     """
-    trees, todo = {}, [module.partition(":")[0] for module in modules]
+    found, todo = {}, [module.partition(":")[0] for module in modules]
     elsewhere = {name: _users_file(name) for name in todo if _source(name) is None}
     while todo:
         module = todo.pop()
-        if module in trees or module in NOT_COUNTED:
+        if module in found or module in NOT_COUNTED:
             continue
-        trees[module] = None
+        found[module] = None
         if (path := _source(module) or elsewhere.get(module)) is not None:
-            trees[module], imported = _parsed(path.read_text())
+            found[module], imported = _parsed(path.read_text())
             todo += [name for name in imported if _source(name) is not None]
-    return digest(sorted(trees.items()))
+    return dict(sorted(found.items()))
 
 
 @functools.cache  # the workflow asks a hundred times about the same few files
 def _parsed(code: str) -> tuple[str, frozenset[str]]:
-    """A module without comments and layout, and the names that it imports."""
+    """Hash of a module without comments and layout, and the names that it imports."""
     tree = ast.parse(code)
-    return ast.dump(tree), frozenset(_imported(tree))
+    return digest(ast.dump(tree)), frozenset(_imported(tree))
 
 
 def _users_file(module: str) -> Path | None:

@@ -31,10 +31,11 @@ from pso.journal import Journal
 from pso.mdp import Chain
 from pso.memory import Plan, choose, sample_batch
 from pso.models import chain_for, load_metric, load_policy
+from pso.params import kept_params, run_modules
 from pso.paths import LORA_FILE, RESULTS, run_dir, subject_of
 from pso.policy import Conditioning, Policy
 from pso.probe import Probe
-from pso.provenance import Meter, UserError, atomic, fingerprint, record, sentences, write_json
+from pso.provenance import Meter, UserError, atomic, fingerprint, fingerprints, record, sentences, write_json
 from pso.runs import off_before
 from pso.training_data import give_data
 from pso.visits import probed
@@ -310,7 +311,7 @@ def tune(run: Run, accelerator: Accelerator) -> None:
         meter.counts["reward_queries"] = source.reward_queries
     memory = None if objective.plan is None else asdict(objective.plan) | {"sample_batch": given.micro_batch}
     about = {"resumed_at": checkpoints.resumed_at, "final": journal.last, "memory": memory}
-    about |= outcome(run, given, source)
+    about |= outcome(run, given, source) | decided_by(run)
     write_json(run.folder / "run.json", record("tune", settings, inputs, meter, **about))
     with atomic(run.folder / "config.yaml") as part:
         part.write_text(yaml.safe_dump(settings, sort_keys=False))
@@ -321,6 +322,12 @@ def code_of(run: Run, source) -> str:
     """Fingerprint of all code that decides the numbers of the run."""
     scorers = [run.config.metrics[name].module for name in run.entry.metrics]
     return fingerprint("pso.tune", run.entry.module, type(source).__module__, *scorers)
+
+
+def decided_by(run: Run) -> dict:
+    """What the workflow runs this job again for, kept for `python -m pso.doctor --why` (pso/why.py)."""
+    modules = fingerprints(*run_modules(run.config, run.method))
+    return {"params": kept_params(run.config, run.model, run.method), "modules": modules}
 
 
 def outcome(run: Run, given: sources.Given, source) -> dict:

@@ -30,8 +30,12 @@ TORCH_FREE = [
     *(
         f"pso.{name}"
         for name in (
+            "campaign",
             "checks",
+            "estimate",
             "params",
+            "why",
+            "work",
             "strict",
             "standin_entries",
             "steps",
