@@ -52,7 +52,7 @@ class Hub:
     def file(self, repo: str, name: str) -> Path:
         path = self.repo(repo) / name
         if not path.is_file():
-            raise UserError(f"{repo} has no file {name} in the hub {self.root}; `{self.command}` makes it.")
+            raise UserError(f"{repo} has no file {name}{self._where(repo)}")
         self.read(repo, [path])
         return path
 
@@ -60,7 +60,7 @@ class Hub:
         """Every file that fits a glob, in the order of their names."""
         found = sorted(self.repo(repo).glob(pattern))
         if not found:
-            raise UserError(f"{repo} has no file {pattern} in the hub {self.root}; `{self.command}` makes it.")
+            raise UserError(f"{repo} has no file {pattern}{self._where(repo)}")
         self.read(repo, found)
         return found
 
@@ -68,13 +68,19 @@ class Hub:
         """A folder of a repository; what is read of it is told to `read`."""
         path = self.repo(repo) / name
         if not path.is_dir():
-            raise UserError(f"{repo} has no folder {name} in the hub {self.root}; `{self.command}` makes it.")
+            raise UserError(f"{repo} has no folder {name}{self._where(repo)}")
         return path
 
     def read(self, repo: str, paths: Iterable[Path]) -> None:
         """Remember files of a repository that were found by other means."""
         name, place = _name(repo), self._place(repo)
         self.used |= {(name, str(path.relative_to(place))): path for path in paths}
+
+    def _where(self, repo: str) -> str:
+        """The end of a sentence about something that is not there."""
+        if is_outside(repo):
+            return "; put it there, or correct `files` of the data set."
+        return f" in the hub {self.root}; `{self.command}` makes it."
 
     def _place(self, repo: str) -> Path:
         return Path(repo) if is_outside(repo) else self.root / repo
@@ -84,18 +90,17 @@ class Hub:
         return self.files(repo, f"{folder}/**/*.safetensors" if folder else "**/*.safetensors")
 
     def inputs(self) -> list[dict]:
-        """What was used: repository, file and sha256, for run.json."""
-        return [
-            {"repo": repo, "file": name, "sha256": self._sha256(repo, name, path)}
-            for (repo, name), path in sorted(self.used.items())
-        ]
+        """What was used: repository, file, sha256 and, of a fetched repository, its commit, for run.json."""
+        return [self._input(repo, name, path) for (repo, name), path in sorted(self.used.items())]
 
-    def _sha256(self, repo: str, name: str, path: Path) -> str:
+    def _input(self, repo: str, name: str, path: Path) -> dict:
         """Of a fetched file what was checked then, unless it was written since: 30 GB are not read for every job."""
         step = self.root / "repositories" / f"{repo.replace('/', '--')}.json"
         if not step.is_file():
-            return sha256_of(path)
-        known = {f["file"]: f for f in json.loads(step.read_text())["files"]}.get(name)
+            return {"repo": repo, "file": name, "sha256": sha256_of(path)}
+        fetched = json.loads(step.read_text())
+        known = {f["file"]: f for f in fetched["files"]}.get(name)
         now, then = path.stat(), step.stat()
         same = known is not None and now.st_size == known["size"] and now.st_mtime_ns < then.st_mtime_ns
-        return known["sha256"] if same else sha256_of(path)
+        sha256 = known["sha256"] if same else sha256_of(path)
+        return {"repo": repo, "file": name, "sha256": sha256, "revision": fetched.get("revision")}

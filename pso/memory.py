@@ -30,14 +30,10 @@ def plan(rows: int, asked: int, room: int, kept: int, recomputed: int) -> Plan:
     Kept activations are fastest. Where an update does not fit with them, forming them again in one pass costs less
     than the two passes of smaller chunks; where that does not fit either, chunks as large as fit.
     """
-    rows = min(rows, asked)
-    if rows * kept <= room:
-        return Plan(min(asked, room // kept))
-    if rows * recomputed <= room:
-        return Plan(min(asked, room // recomputed), gradient_checkpointing=True)
-    if room >= kept:
-        return Plan(room // kept)
-    return Plan(max(1, room // recomputed), gradient_checkpointing=True)
+    by_keeping, by_recomputing = (min(asked, room // per_row) for per_row in (kept, recomputed))
+    if rows <= by_keeping or (by_keeping > 0 and by_recomputing < rows):
+        return Plan(by_keeping)
+    return Plan(max(1, by_recomputing), gradient_checkpointing=True)
 
 
 def choose(policy: Policy, chain: Chain, condition: Conditioning, rows: int, asked: int) -> Plan:

@@ -20,6 +20,8 @@ from pso.provenance import UserError, fingerprint, sha256_of
 from pso.weights import BROKEN
 
 SAMPLERS = {"renoise": mdp.Renoise, "ancestral": mdp.Ancestral, "ddim": mdp.Ddim, "euler": mdp.Euler}
+# bfloat16 keeps 8 bits of a pixel; the mended VAE was made for float16, which keeps 11
+VAE_DTYPES = {torch.bfloat16: torch.float16}
 # a tokenizer's files, as far as a repository has them
 TOKENIZER = (
     *("vocab.json", "merges.txt", "vocab.txt"),
@@ -62,7 +64,7 @@ def load_policy(
     vae = (entry.base, "vae") if entry.vae is None else (entry.vae, None)
     parts = {
         "unet": unet,
-        "vae": weights.load_vae(hub, *vae, dtype),
+        "vae": weights.load_vae(hub, *vae, VAE_DTYPES.get(dtype, dtype)),
         **weights.load_text_encoders(hub, entry.base, dtype),
     }
     pipeline = weights.from_hub(entry.base, hub, partial(_assembled, hub.repo(entry.base), parts))

@@ -325,25 +325,3 @@ def _decoded(row: dict[str, bytes | None], look: Callable[[Image.Image], Any]) -
         except BadImage as error:
             return f"{'undecodable' if data else 'missing'}_image_{side}", str(error)
     return tuple(found)
-
-
-# ---- what a reader of a table is told ----
-
-
-def dropped_note(record: dict) -> str | None:
-    """What a run.json tells of rows of its data that could not be used; ties are no fault and not named."""
-    found = {k: n for k, n in (record.get("data") or {}).get("dropped", {}).items() if n and k != "tie"}
-    if not found:
-        return None
-    rows, names = record["data"]["rows"], ", ".join(record["config"]["dataset"])
-    reasons = ", ".join(f"{reason} {count}" for reason, count in found.items())
-    return f"{sum(found.values())} of {rows} rows of {names} could not be used ({reasons})"
-
-
-def dropped_notes(records: dict[str, dict]) -> list[str]:
-    """One sentence for all labels that tell the same: {label of a row: its run.json}."""
-    told: dict[str, list[str]] = {}
-    for label, record in records.items():
-        if note := dropped_note(record):
-            told.setdefault(note, []).append(label)
-    return [f"{note}, in training of {', '.join(labels)}." for note, labels in told.items()]

@@ -26,7 +26,7 @@ from pso.tokenizer_files import merges_for, write_bert_tokenizer, write_processo
 State = dict[str, Tensor]
 
 UNET = "diffusion_pytorch_model.safetensors"
-FP16 = ""  # ".fp16", as the Hub names the variant in half precision, where the loader reads such names
+FP16 = ".fp16"
 UNET_FP16 = f"diffusion_pytorch_model{FP16}.safetensors"
 HPS = ("HPS_v2_compressed.pt", "HPS_v2.1_compressed.pt")
 LORA_RANK, LORA_ALPHA = 64, 8  # of DMD2's and LCM's

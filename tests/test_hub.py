@@ -18,7 +18,8 @@ def hub(tmp_path):
     file.write_bytes(b"12345")
     step = tmp_path / "repositories" / "me--model.json"
     step.parent.mkdir()
-    step.write_text(json.dumps({"files": [{"file": "weights.bin", "size": 5, "sha256": "checked then"}]}))
+    files = [{"file": "weights.bin", "size": 5, "sha256": "checked then"}]
+    step.write_text(json.dumps({"revision": "0123abc", "files": files}))
     os.utime(file, ns=(0, step.stat().st_mtime_ns - 1))
     return Hub(tmp_path)
 
@@ -30,6 +31,7 @@ def digest(hub: Hub) -> str:
 
 def test_a_fetched_file_is_not_read_again(hub):
     assert digest(hub) == "checked then"
+    assert hub.inputs()[0]["revision"] == "0123abc"
 
 
 @pytest.mark.parametrize("change", ["later", "size", "unknown", "no step"])

@@ -29,6 +29,7 @@ def test_activations_are_kept_while_they_fit_then_formed_again_then_the_update_i
     assert plan(rows=61, asked=256, room=60, kept=10, recomputed=1) == Plan(6)
     assert plan(rows=61, asked=256, room=9, kept=10, recomputed=1) == Plan(9, gradient_checkpointing=True)
     assert plan(rows=61, asked=4, room=60, kept=10, recomputed=1) == Plan(4)  # never above what was asked for
+    assert plan(rows=61, asked=60, room=599, kept=10, recomputed=1) == Plan(59)  # two passes whatever is recomputed
 
 
 def test_on_a_cpu_the_configured_micro_batch_stands():

@@ -68,6 +68,23 @@ def test_the_lora_loads_in_plain_diffusers_and_gives_our_image(smoke, tmp_path, 
     assert np.abs(ours - image).max() <= 1
 
 
+def test_half_precision_draws_the_same_picture_and_its_vae_is_the_finer_half(smoke):
+    entry, hub = load({"scale": "smoke"}).models["sdxl_dmd2"], Hub(smoke / "results" / "smoke" / "hub")
+    exact, half = load_policy(entry, hub), load_policy(entry, hub, torch.bfloat16)
+    assert {half.unet.dtype, half.pipeline.text_encoder_2.dtype} == {torch.bfloat16}
+    assert half.numerics["vae_dtype"] == "float16"
+    chain, keys = chain_for("sdxl_dmd2", entry, 4), [("eval", 0, i) for i in range(4)]
+    condition = exact.encode_prompts(["a red circle on the left, black background"] * 4)
+    latents = rollout(exact, chain, condition, keys).x0
+    true = exact.decode(latents).double()
+    near = rollout(half, chain, half.encode_prompts(["a red circle on the left, black background"] * 4), keys).x0
+    assert (exact.decode(near).double() - true).abs().mean() < 0.05 * true.std()
+    fine = (half.decode(latents).double() - true).abs().mean()
+    half.pipeline.vae.to(torch.bfloat16)
+    coarse = (half.decode(latents).double() - true).abs().mean()
+    assert fine < 0.5 and fine < 0.5 * coarse  # of a grey level
+
+
 def test_a_file_with_two_kinds_of_key_names_would_lose_half(smoke, tmp_path, monkeypatch):
     """Why the file keeps PEFT's names: the wrong variant must be caught by the check above."""
     hub = smoke / "results" / "smoke" / "hub"

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_data import FIRST, SECOND, entry, refused
 
+from eval.run_notes import dropped_note
 from pso import data
 from pso.config import load
 from pso.data import prompts_of
-from pso.pairs import DROPS, dropped_note, dropped_notes, iter_pairs
+from pso.pairs import DROPS, iter_pairs
 from pso.visits import pair_indices
 
 
@@ -226,15 +227,9 @@ def test_other_types_of_the_same_kind_give_the_same(tmp_path, kind):
 # ---- what a table is told ----
 
 
-def record(**dropped) -> dict:
-    return {"data": {"rows": 90, "dropped": dict.fromkeys(DROPS, 0) | dropped}, "config": {"dataset": {"pairs": {}}}}
-
-
-def test_a_note_names_runs_and_rows_that_could_not_be_used_but_no_ties():
-    assert dropped_note(record(tie=7)) is None and dropped_note({"data": {"prompts": 4}}) is None
-    bad = record(tie=7, missing_caption=2, undecodable_image_1=1)
-    notes = dropped_notes({"A": bad, "B": record(), "C": bad, "D": record(bad_label=1)})
-    assert notes == [
-        "3 of 90 rows of pairs could not be used (missing_caption 2, undecodable_image_1 1), in training of A, C.",
-        "1 of 90 rows of pairs could not be used (bad_label 1), in training of D.",
-    ]
+def test_counts_of_a_set_become_a_note_under_the_table(tmp_path):
+    rows = [row(0), row(1, label_0=0.5, label_1=0.5), row(2, caption=None), row(3, jpg_0=b"broken")]
+    pairs = iter_pairs(shards(tmp_path, rows, 1), entry("preference_parquet"), "set")
+    assert len(list(pairs)) == 1
+    note = "2 training rows dropped (missing_caption 1, undecodable_image_0 1)"
+    assert dropped_note({"data": pairs.counts.as_dict()}) == note

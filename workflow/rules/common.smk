@@ -24,6 +24,7 @@ STANDIN = CONFIG.scale_entry.standin
 BASE = f"results/{SCALE}"
 HUB = f"{BASE}/hub"
 STEPS = Steps(CONFIG)
+GATE = STANDIN.gate if STANDIN else None
 SPM = CONFIG.scale_entry.preference_model
 FIGURES = [f"{BASE}/figures/{name}.png" for name in figure_names(CONFIG)]
 
@@ -50,6 +51,14 @@ wildcard_constraints:
     metric="|".join(CONFIG.metrics),
     table="|".join(CONFIG.table_entries),
     seed=r"\d+",
+
+
+# ---- params
+
+
+def hub_settings(*names):
+    """Of a step of the stand-in hub."""
+    return STANDIN.model_dump(include={"seed", *names})
 
 
 # what tables, claims and figures read beside scores; they cost seconds, so any change makes them anew

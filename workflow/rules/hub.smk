@@ -1,13 +1,6 @@
 # The stand-in hub of the small scales: repositories under their real ids, trained from nothing on the procedural world.
 
 
-GATE = STANDIN.gate
-
-
-def hub_settings(*names):
-    return STANDIN.model_dump(include={"seed", *names})
-
-
 rule hub:
     input:
         STEPS.all(),
