@@ -25,11 +25,11 @@ from eval import cost, seeded
 from eval.open_clip_weights import to_open_clip
 from pso import architectures, rehearsal, rehearsal_small
 from pso.config import load
-from pso.data import iter_pairs
 from pso.dreambooth import load_subject
 from pso.entries import UNTUNED
 from pso.hub import Hub, hub_dir
 from pso.models import load_metric, load_policy
+from pso.pairs import iter_pairs
 from pso.provenance import UserError
 from pso.rehearsal import drawn, write_repository
 from pso.rehearsal_data import DATA
