@@ -76,6 +76,15 @@ def test_every_target_resolves(target, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("rule", ["latents", "embeddings", "preference_model", "tune", "generate", "score"])
+def test_what_loads_a_network_asks_for_the_gpu(rule):
+    """`--resources gpu=1` promises one such job at a time; a second one beside a run would take the memory it counts
+    on (pso/memory.py)."""
+    text = "\n".join(path.read_text() for path in (ROOT / "workflow/rules").glob("*.smk"))
+    (body,) = re.findall(rf"^rule {rule}:.*?(?=^rule |\Z)", text, re.M | re.S)
+    assert re.search(r"resources:\s+gpu=1,", body)
+
+
 def test_what_is_no_default_is_there_when_asked_for(tmp_path):
     """`extended`: each distilled model with every baseline in both forms, and at equal UNet forwards."""
     done = snakemake("-n", "extended", cwd=tmp_path, settings={"tables": ["extended"]})

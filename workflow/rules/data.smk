@@ -19,6 +19,8 @@ rule latents:
         f"{BASE}/logs/latents-{{model}}-{{dataset}}.log",
     conda:
         "../../envs/pso-bench.yaml"
+    resources:
+        gpu=1,
     params:
         model=lambda w: pair_settings(w.model, w.dataset),
         dataset=lambda w: CONFIG.datasets[w.dataset].model_dump(),
@@ -39,6 +41,8 @@ rule embeddings:  # only for methods that compare pair with pair
         f"{BASE}/logs/embeddings-{{metric}}-{{dataset}}.log",
     conda:
         "../../envs/pso-bench.yaml"
+    resources:
+        gpu=1,
     params:
         metric=lambda w: scorer_params(CONFIG, w.metric),
         dataset=lambda w: CONFIG.datasets[w.dataset].model_dump(),
