@@ -26,7 +26,7 @@ from torch import Tensor
 
 from baselines import preference_model as spm
 from eval.clip_model import ClipScorer
-from pso.caches import PairCache
+from pso.caches import PairCache, at_once
 from pso.config import ConfigError, add_arguments, from_arguments
 from pso.entries import Config, PreferenceModelFit
 from pso.forks import forked_steps, shown_times
@@ -39,7 +39,7 @@ from pso.provenance import Meter, atomic, record, sentences, write_json
 from pso.rollout import keyed_noise, keyed_seed
 
 log = logging.getLogger("preference model")
-BATCH = 64  # pairs decoded and looked at together
+BATCH = 64  # held-out pairs judged together
 HELD_OUT = 10  # one prompt in so many
 WARM_UP = 500 / 7000  # of the steps, the authors'; then down to 0 in a line
 PROGRESS_S = 10.0
@@ -54,8 +54,9 @@ def file_name(model: str) -> str:
 
 @dataclass(frozen=True)
 class Pairs:
-    """P pairs: x [P, 2, T, 3, S, S], CLIP's input of the predictions at T times, float16; clean [P, 2], PickScore's
-    logits of the clean pictures; text [P, D]; weight [P]; held_out [P] bool."""
+    """P pairs, on the CPU: x [P, 2, T, 3, S, S], CLIP's input of the predictions at T times, float16 (24 GB of 20000
+    pairs at two times); clean [P, 2], PickScore's logits of the clean pictures; text [P, D]; weight [P]; held_out [P]
+    bool."""
 
     x: Tensor
     clean: Tensor
@@ -72,21 +73,25 @@ def look(policy: Policy, chain: Chain, cache: PairCache, base: ClipScorer, count
     first = [i for i in range(min(count + len(cache.left_out), len(cache))) if i not in cache.left_out][:count]
     condition, scale = cache.condition(policy.device), base.model.logit_scale.exp().item()
     steps = [n - 1 for n in forked_steps(chain, 0) if n > 2]  # the next call after a fork; the last fork's is t = 0
-    found = []
-    for start in range(0, len(first), BATCH):
-        index = first[start : start + BATCH]
+    x, found = torch.empty(len(first), 2, len(steps), 3, base.size, base.size, dtype=torch.float16), []
+    size = at_once(policy.resolution)
+    for start in range(0, len(first), size):
+        index = first[start : start + size]
         prompts = cache.prompt_index[index]
         texts = [cache.prompts[i] for i in prompts]
         text = base.text_features(texts)
         clean = torch.cat([cache.latents(side, index)[0] for side in ("target", "reference")]).to(policy.device)
         features = base.image_features(to_images(policy.decode(clean)))
         logits = scale * (features.unflatten(0, (2, -1)) * text).sum(-1).T
-        seen = [_seen(policy, chain, n, clean, condition.rows(prompts.repeat(2)), index, seed, base) for n in steps]
-        found.append((torch.stack(seen, 2).transpose(0, 1), logits.cpu(), text.cpu()))
+        shown = condition.rows(prompts.repeat(2))
+        for place, n in enumerate(steps):
+            seen = _seen(policy, chain, n, clean, shown, index, seed, base)
+            x[start : start + len(index), :, place] = seen.transpose(0, 1)
+        found.append((logits.cpu(), text.cpu()))
     prompts = cache.prompt_index[first]
     held_out = torch.tensor([keyed_seed("held out", p) % HELD_OUT == 0 for p in cache.prompts])
     weight = 1 / torch.bincount(prompts).float()
-    return Pairs(*(torch.cat(v) for v in zip(*found, strict=True)), weight[prompts], held_out[prompts])
+    return Pairs(x, *(torch.cat(v) for v in zip(*found, strict=True)), weight[prompts], held_out[prompts])
 
 
 def _seen(policy, chain, n, clean, condition, index, seed, base) -> Tensor:
@@ -115,15 +120,17 @@ def logits_of(model: spm.TimeConditioning, base: ClipScorer, pairs: Pairs, row: 
     return base.model.logit_scale.exp() * (features * pairs.text[:, None].to(device)).sum(-1)
 
 
-def descend(model, base: ClipScorer, pairs: Pairs, fit: PreferenceModelFit, seed: int) -> None:
-    """AdamW on pairs and times drawn anew for every step."""
+def descend(
+    model, base: ClipScorer, pairs: Pairs, fit: PreferenceModelFit, seed: int, among: Tensor | None = None
+) -> None:
+    """AdamW on pairs and times drawn anew for every step. among: numbers of the pairs to draw from, default all."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=fit.learning_rate, weight_decay=fit.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate((step + 1) / fit.num_steps))
     rng = torch.Generator().manual_seed(keyed_seed(seed, "preference model", "order"))
-    times = pairs.x.shape[2]
+    times, among = pairs.x.shape[2], torch.arange(len(pairs.clean)) if among is None else among
     began = printed = time.monotonic()
     for step in range(fit.num_steps):
-        part = pairs.rows(torch.randint(len(pairs.clean), (fit.batch_size,), generator=rng))
+        part = pairs.rows(among[torch.randint(len(among), (fit.batch_size,), generator=rng)])
         row = torch.randint(times, (fit.batch_size,), generator=rng)
         label, weight = (v.to(base.device) for v in (spm.labels(part.clean), part.weight))
         loss = spm.preference_loss(logits_of(model, base, part, row), label, weight)
@@ -192,11 +199,10 @@ def train(config: Config, model_name: str, hub: Hub, results: Path) -> dict:
     base = load_metric("spm_lite", config.metrics["spm_lite"], hub, policy.device).base
     base.model.requires_grad_(False)
     pairs = look(policy, chain, cache, base, min(fit.num_pairs, len(cache)), seed)
-    kept = pairs.rows(~pairs.held_out)
     with torch.random.fork_rng():
         torch.manual_seed(keyed_seed(seed, "preference model", "table"))
         model = spm.TimeConditioning(base.model, shown_times(chain, 0), fit.layers).to(policy.device)
-    descend(model, base, kept, fit, seed)
+    descend(model, base, pairs, fit, seed, (~pairs.held_out).nonzero()[:, 0])  # a copy of x would be as large again
     found = agreement(model, base, pairs)
     about = {"times": model.times, "layers": fit.layers, "agreement": found}
     path = hub.root / spm.REPOSITORY / file_name(model_name)

@@ -306,6 +306,20 @@ def test_whole_prompts_are_held_out_about_one_in_ten(lite, monkeypatch):
     assert len(by_prompt) == 4 and {h for _, h in by_prompt} == {True, False}
 
 
+def test_large_pictures_are_looked_at_few_at_a_time_and_kept_off_the_network_s_device(lite, monkeypatch):
+    """64 pairs of 1024 px are 128 pictures, for which the VAE alone would want 250 GB."""
+    policy, most = toy.new_policy(), []
+    decode = policy.decode
+    monkeypatch.setattr(policy, "decode", lambda latents: (most.append(len(latents)), decode(latents))[1])
+    monkeypatch.setattr(training, "at_once", lambda resolution: 4 if resolution == policy.resolution else 0)
+    parts = training.look(policy, Renoise(TIMES), Cache(policy), lite.base, 10, seed=3)
+    assert most == [8] * 3 + [8] * 3 + [4] * 3  # the clean pictures and two times, three parts
+    monkeypatch.setattr(training, "at_once", lambda resolution: 64)
+    whole = training.look(policy, Renoise(TIMES), Cache(policy), lite.base, 10, seed=3)
+    assert parts.x.device.type == "cpu" and (parts.x.float() - whole.x.float()).abs().mean() < 2e-3
+    assert torch.allclose(parts.clean, whole.clean, atol=1e-4) and torch.equal(parts.weight, whole.weight)
+
+
 # ---- training and verdict ----
 
 
@@ -340,6 +354,11 @@ def test_training_lowers_its_loss_and_leaves_pick_score_alone(lite):
     again = fresh(lite)
     training.descend(again, lite.base, pairs, FIT, seed=0)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    some, other = fresh(lite), fresh(lite)  # by number as from a copy of these rows alone
+    training.descend(some, lite.base, pairs, FIT, 0, (~pairs.held_out).nonzero()[:, 0])
+    training.descend(other, lite.base, pairs.rows(~pairs.held_out), FIT, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(some.parameters(), other.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(some.parameters(), model.parameters(), strict=True))
 
 
 def test_only_a_model_that_beats_lite_is_a_go(lite):
