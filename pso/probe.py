@@ -5,28 +5,40 @@ import torch
 from pso.evidence import kl
 from pso.mdp import Chain
 from pso.policy import Conditioning, Policy, to_images
-from pso.rollout import Trajectory, rollout
+from pso.rollout import Trajectory, rollouts
 
 
 class Probe:
     """KL(theta | pre) of every transition under theta's own samples, and what scorers say of these: their reward, and
-    `metrics` by name. Prompts and noise are fixed. A deterministic sampler has no KL."""
+    `metrics` by name. Prompts and noise are fixed. A deterministic sampler has no KL. At most `micro_batch` pictures
+    are sampled and decoded, and rows of the network called, at a time."""
 
     def __init__(
-        self, policy: Policy, chain: Chain, prompts: list[str], condition: Conditioning, reward, metrics: dict
+        self,
+        policy: Policy,
+        chain: Chain,
+        prompts: list[str],
+        condition: Conditioning,
+        reward,
+        metrics: dict,
+        micro_batch: int = 256,
     ):
-        self.policy, self.chain, self.prompts = policy, chain, prompts
+        self.policy, self.chain, self.prompts, self.micro_batch = policy, chain, prompts, micro_batch
         self.condition, self.reward, self.metrics = condition, reward, metrics
         self.keys = [("probe", i) for i in range(len(prompts))]
 
     @torch.no_grad()
     def __call__(self) -> dict:
         scorers = {**self.metrics, **({} if self.reward is None else {"reward": self.reward})}
-        trajectory = rollout(self.policy, self.chain, self.condition, self.keys, to_x0=bool(scorers))
+        sampled = rollouts(
+            self.policy, self.chain, self.condition, self.keys, to_x0=bool(scorers), micro_batch=self.micro_batch
+        )
+        parts = [(part, self.policy.decode(part.x0) if scorers else None) for part in sampled]
+        trajectory = Trajectory(*(torch.cat([getattr(part, k) for part, _ in parts]) for k in ("states", "x0")))
         found: dict = {"kl": self.divergence(trajectory) if self.chain.stochastic else {}}
         if not scorers:
             return found
-        images = to_images(self.policy.decode(trajectory.x0))
+        images = to_images(torch.cat([pictures for _, pictures in parts]))
         means = {name: scorer.score(images, self.prompts).mean().item() for name, scorer in scorers.items()}
         return found | ({"reward": means.pop("reward")} if self.reward is not None else {}) | {"metrics": means}
 
@@ -34,9 +46,16 @@ class Probe:
         """Transition -> KL, mean over the prompts."""
         before, _ = trajectory.transitions
         n = torch.tensor(self.chain.trained_steps).expand(before.shape[:2])
-        rows = self.condition.rows(torch.arange(len(before)).repeat_interleave(before.shape[1]))
+        rows = torch.arange(len(before)).repeat_interleave(before.shape[1])
+        parts = [slice(start, start + self.micro_batch) for start in range(0, len(rows), self.micro_batch)]
+        number, x = n.reshape(-1), before.flatten(0, 1)
         theta, pre = (
-            self.policy.guided_eps(self.chain, n.reshape(-1), before.flatten(0, 1), rows, pre=flag).view_as(before)
+            torch.cat(
+                [
+                    self.policy.guided_eps(self.chain, number[p], x[p], self.condition.rows(rows[p]), pre=flag)
+                    for p in parts
+                ]
+            ).view_as(before)
             for flag in (False, True)
         )
         found = kl(self.chain, n, before, theta, pre, "mean").mean(0).tolist()

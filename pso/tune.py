@@ -208,7 +208,7 @@ def prepare(run: Run, hub: Hub, device: torch.device) -> tuple[ModuleType, sourc
     texts = [given.prompts[i] for i in every]
     seen = {name: metrics[name] for name in entry.tune.probe_metrics}
     condition, judge = given.condition.rows(torch.tensor(every)), metrics.get(entry.tune.probe_reward)
-    probe = Probe(policy, chain, texts, condition, judge, seen)
+    probe = Probe(policy, chain, texts, condition, judge, seen, given.micro_batch)
     return module, given, source(given), probe
 
 

@@ -1,5 +1,7 @@
 """Half precision, memory plans and gradient checkpointing: what they may change and what not."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 import toy
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 from pso import pso_offline
 from pso.memory import Plan, choose, plan, saved_bytes
+from pso.probe import Probe
 from pso.tune import Objective
 
 CHAIN = toy.exact(toy.Renoise)
@@ -120,3 +123,20 @@ def test_a_condition_kept_in_another_precision_is_converted_at_the_network():
     stored = type(condition)(condition.hidden.half(), condition.pooled.half())  # as the cache keeps it
     n, x = torch.tensor([3]), toy.randn(3, 1, *policy.latent_shape)
     assert policy.eps(CHAIN, n, x, stored).isfinite().all()
+
+
+def test_a_probe_in_small_parts_measures_the_same():
+    policy, judge = toy.new_policy(moved=0.1), toy.Brightness()
+    condition = policy.encode_prompts(["a", "b", "c"])
+    most, network, decode = [], policy._network, policy.decode
+    found = {}
+    for size in (256, 2):
+        most.clear()
+        with (
+            patch.object(policy, "_network", lambda shown, *rest: (most.append(len(shown)), network(shown, *rest))[1]),
+            patch.object(policy, "decode", lambda latents: (most.append(len(latents)), decode(latents))[1]),
+        ):
+            found[size] = Probe(policy, CHAIN, ["a", "b", "c"], condition, judge, {}, size)()
+        assert max(most) == (9 if size == 256 else 2)  # three transitions of three prompts, or what fits
+    assert found[2]["reward"] == pytest.approx(found[256]["reward"], rel=1e-3)
+    assert found[2]["kl"] == pytest.approx(found[256]["kl"], rel=1e-3)
