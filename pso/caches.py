@@ -69,7 +69,7 @@ def read_cache(path: Path, command: str) -> tuple[dict[str, Tensor], dict, list[
     if about.get("sha256") != sha256:  # written one after the other: a kill in between leaves two of different age
         raise UserError(f"{path} is not the file that its .json describes (its sha256 differs); {again} anew.")
     name = str(path.relative_to(path.parents[2]))  # from the scale's folder
-    return tensors, about, [{"file": name, "sha256": sha256}, *about["inputs"]]
+    return tensors, about, [{"file": name, "sha256": sha256, "made_from": about.get("made_from")}, *about["inputs"]]
 
 
 class PairCache:

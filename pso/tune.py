@@ -35,7 +35,7 @@ from pso.params import kept_params, run_modules
 from pso.paths import LORA_FILE, RESULTS, run_dir, subject_of
 from pso.policy import Conditioning, Policy
 from pso.probe import Probe
-from pso.provenance import Meter, UserError, atomic, fingerprint, fingerprints, record, sentences, write_json
+from pso.provenance import Meter, UserError, atomic, digest, fingerprint, fingerprints, record, sentences, write_json
 from pso.runs import off_before
 from pso.training_data import give_data
 from pso.visits import probed
@@ -278,7 +278,7 @@ def tune(run: Run, accelerator: Accelerator) -> None:
     optimizer = torch.optim.AdamW(policy.lora_parameters(), lr=tuning.learning_rate, weight_decay=tuning.weight_decay)
     optimizer = accelerator.prepare(optimizer)
     settings, inputs = resolved(run, given), inputs_of(hub, given)
-    made_from = {"settings": settings, "weights and data": inputs, "code": code_of(run, source)}
+    made_from = {"settings": settings, "weights and data": lasting(inputs, given), "code": code_of(run, source)}
     checkpoints = Checkpoints(run.folder / "state", made_from, meter)
     start = checkpoints.restore(policy, optimizer, source)
     objective = Objective(module, given.cfg, policy, source.chain, tuning.micro_batch)
@@ -348,6 +348,12 @@ def inputs_of(hub: Hub, given: sources.Given) -> list[dict]:
     caches = [cache for cache in (given.pairs, given.embeddings) if cache is not None]
     found = [*hub.inputs(), *(entry for cache in caches for entry in cache.inputs)]
     return [entry for i, entry in enumerate(found) if entry not in found[:i]]
+
+
+def lasting(inputs: list[dict], given: sources.Given) -> list:
+    """Inputs as a run that goes on has to find them: a cache may have grown by the pairs of other runs meanwhile."""
+    found = [{k: v for k, v in i.items() if k != "sha256" or i.get("made_from") is None} for i in inputs]
+    return found if given.pairs is None else [*found, digest([given.prompts, given.pairs.prompt_index.tolist()])]
 
 
 def main() -> None:

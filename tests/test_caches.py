@@ -18,6 +18,7 @@ from pso.config import load
 from pso.policy import Conditioning
 from pso.provenance import UserError, sha256_of
 from pso.sources import Given, PreferencePairs
+from pso.tune import lasting
 from pso.visits import pair_indices
 
 SHARD = "yuvalkirstain/pickapic_v2/data/train-00000-of-00002.parquet"
@@ -85,7 +86,9 @@ def test_a_cache_tells_itself_and_what_it_was_made_from(smoke):
     cache = PairCache("smoke", "sdxl_dmd2", "pickapic_v2", smoke / "results")
     own, *behind = cache.inputs
     file = smoke / "results/smoke" / own["file"]
-    assert own == {"file": "cache/sdxl_dmd2/pickapic_v2.safetensors", "sha256": sha256_of(file)}
+    made_from = json.loads(file.with_suffix(".json").read_text())["made_from"]
+    told = {"file": "cache/sdxl_dmd2/pickapic_v2.safetensors", "sha256": sha256_of(file), "made_from": made_from}
+    assert own == told
     repositories = {entry["repo"] for entry in behind}
     assert {"yuvalkirstain/pickapic_v2", "madebyollin/sdxl-vae-fp16-fix"} <= repositories
 
@@ -250,7 +253,15 @@ def test_one_more_seed_adds_its_pairs_and_leaves_finished_runs_alone(visited, pa
     assert torch.equal(grown.latents("target", order)[0], visited.latents("target", order)[0])
     assert all((path.with_suffix("") / "pairs" / name).stat().st_mtime_ns == written for name, written in parts.items())
     assert path.stat().st_mtime_ns == 10**18  # Snakemake would train again what is older than its input
+    assert grown.inputs[0]["sha256"] != visited.inputs[0]["sha256"]
+    # and an interrupted run would not go on, though it finds the same pairs
+    before, now = (
+        lasting(cache.inputs, SimpleNamespace(pairs=cache, prompts=cache.prompts)) for cache in (visited, grown)
+    )
+    assert before == now
     config = paper()
     exact = config.scale_entry.model_copy(update={"dtype": "float32"})
     build(config.model_copy(update={"scale_entry": exact}), "sdxl_dmd2", "pickapic_v2", paper_hub)
     assert path.stat().st_mtime_ns > 10**18
+    other = PairCache("paper", "sdxl_dmd2", "pickapic_v2", paper_hub)
+    assert lasting(other.inputs, SimpleNamespace(pairs=other, prompts=other.prompts)) != now

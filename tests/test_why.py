@@ -132,6 +132,14 @@ def test_inputs_are_looked_at(made):
     ]
 
 
+def test_a_cache_that_has_only_grown_is_no_change(made):
+    files = {"cache/m/d.safetensors": "with one more seed", "cache/m/d.json": json.dumps({"made_from": "same"})}
+    told = {"file": "cache/m/d.safetensors", "sha256": "0" * 64}
+    assert said(PAPER, made(record(PAPER) | {"inputs": [told | {"made_from": "same"}]}, files)) == []
+    for other in (told, told | {"made_from": None}, told | {"made_from": "other"}):
+        assert len(said(PAPER, made(record(PAPER) | {"inputs": [other]}))) == 1
+
+
 def test_a_folder_of_the_users_own_is_found_by_the_config_and_never_named_in_the_record(made, tmp_path):
     own = tmp_path / "mine"
     own.mkdir()
