@@ -91,10 +91,11 @@ class Hub:
 
     def inputs(self) -> list[dict]:
         """What was used: repository, file, sha256 and, of a fetched repository, its commit, for run.json."""
-        return [self._input(repo, name, path) for (repo, name), path in sorted(self.used.items())]
+        return [self.told(repo, name, path) for (repo, name), path in sorted(self.used.items())]
 
-    def _input(self, repo: str, name: str, path: Path) -> dict:
-        """Of a fetched file what was checked then, unless it was written since: 30 GB are not read for every job."""
+    def told(self, repo: str, name: str, path: Path) -> dict:
+        """Of a fetched file what was checked then, unless it was written since: 30 GB are not read for every job. Of
+        another file, as a preference model of ours beside the published ones, nothing that was told of the fetch."""
         step = self.root / "repositories" / f"{repo.replace('/', '--')}.json"
         if not step.is_file():
             return {"repo": repo, "file": name, "sha256": sha256_of(path)}
@@ -102,5 +103,6 @@ class Hub:
         known = {f["file"]: f for f in fetched["files"]}.get(name)
         now, then = path.stat(), step.stat()
         same = known is not None and now.st_size == known["size"] and now.st_mtime_ns < then.st_mtime_ns
-        sha256 = known["sha256"] if same else sha256_of(path)
-        return {"repo": repo, "file": name, "sha256": sha256, "revision": fetched.get("revision")}
+        if not same:
+            return {"repo": repo, "file": name, "sha256": sha256_of(path)}
+        return {"repo": repo, "file": name, "sha256": known["sha256"], "revision": fetched.get("revision")}

@@ -87,12 +87,15 @@ class Pairs:
     be used why, and grows while pictures are read: {position: (reason, detail)}.
     """
 
-    def __init__(self, paths: Iterable[Path], entry: DatasetEntry, name: str):
+    def __init__(
+        self, paths: Iterable[Path], entry: DatasetEntry, name: str, told: Callable[[Path], dict] | None = None
+    ):
         self.name, self.shards = name, in_order(paths, entry, name)
+        self._told = told or (lambda path: {"file": path.name, "sha256": sha256_of(path)})
         self.faults: dict[int, tuple[str, str]] = {}
         self.prompts: list[str] = []
         self._undecided: list[tuple[int, int, str]] = []  # shard, row, detail
-        self._digests: dict[int, str] = {}
+        self._files: dict[int, dict] = {}
         self._ties = self._rows = self._next = 0  # ties and rows seen, position of the next decided row
         texts: dict[str, int] = {}
         parts = [self._indexed(shard, path, entry, texts) for shard, path in enumerate(self.shards)]
@@ -188,16 +191,19 @@ class Pairs:
 
     # -- their files and pictures --
 
-    def digest_of(self, shard: int) -> str:
-        """sha256 of a shard, read once."""
-        if shard not in self._digests:
-            self._digests[shard] = sha256_of(self.shards[shard])
-        return self._digests[shard]
+    def told(self, shard: int) -> dict:
+        """What run.json says of a shard, asked for once."""
+        if shard not in self._files:
+            self._files[shard] = self._told(self.shards[shard])
+        return self._files[shard]
 
-    def inputs(self, root: Path, repo: str) -> list[dict]:
+    def digest_of(self, shard: int) -> str:
+        """sha256 of a shard."""
+        return self.told(shard)["sha256"]
+
+    def inputs(self) -> list[dict]:
         """For run.json."""
-        files = [(str(path.relative_to(root)), self.digest_of(k)) for k, path in enumerate(self.shards)]
-        return [{"repo": repo, "file": name, "sha256": sha256} for name, sha256 in files]
+        return [self.told(shard) for shard in range(len(self.shards))]
 
     def __iter__(self) -> Iterator[PreferencePair]:
         return (visit.row for visit in self.read(np.arange(len(self)), lambda image: None))
@@ -226,10 +232,14 @@ class Pairs:
 
 
 def pairs_of(hub: Hub, entry: DatasetEntry, name: str) -> tuple[Pairs, Callable[[], list[dict]]]:
-    """The pairs of an entry of datasets.yaml, and what run.json says of their files (which reads all of them)."""
-    root = hub.repo(entry.repo)
-    pairs = Pairs(root.glob(entry.files), entry, name)
-    return pairs, lambda: pairs.inputs(root, recorded(entry)["repo"])
+    """The pairs of an entry of datasets.yaml, and what run.json says of their files (which reads those of no fetch)."""
+    root, repo = hub.repo(entry.repo), recorded(entry)["repo"]
+
+    def told(path: Path) -> dict:
+        return hub.told(repo, str(path.relative_to(root)), path)
+
+    pairs = Pairs(root.glob(entry.files), entry, name, told)
+    return pairs, pairs.inputs
 
 
 def iter_pairs(paths: Iterable[Path], entry: DatasetEntry, name: str) -> Pairs:

@@ -4,9 +4,11 @@ import json
 import os
 
 import pytest
+from test_pairs import row, shards
 
 from pso.entries import DatasetEntry
 from pso.hub import Hub, recorded
+from pso.pairs import pairs_of
 from pso.provenance import UserError, sha256_of
 
 
@@ -47,6 +49,27 @@ def test_a_file_that_may_have_changed_is_read(hub, change):
     else:
         step.unlink()
     assert digest(hub) == sha256_of(file)
+    assert "revision" not in hub.inputs()[0]  # the commit is not where these bytes are from
+
+
+def test_shards_of_a_fetched_set_are_told_as_they_were_checked(tmp_path):
+    """Of 335 GB the digests are known, and run.json names their commit."""
+    written = shards(tmp_path / "me/pairs", [row(n) for n in range(4)])
+    files = [
+        {"file": f"data/{path.name}", "size": path.stat().st_size, "sha256": f"checked {n}"}
+        for n, path in enumerate(written)
+    ]
+    step = tmp_path / "repositories" / "me--pairs.json"
+    step.parent.mkdir()
+    step.write_text(json.dumps({"revision": "0123abc", "files": files}))
+    for path in written:
+        os.utime(path, ns=(0, step.stat().st_mtime_ns - 1))
+    entry = DatasetEntry(format="preference_parquet", repo="me/pairs", files="data/*.parquet")
+    pairs, inputs = pairs_of(Hub(tmp_path), entry, "set")
+    assert [pairs.digest_of(n) for n in range(len(written))] == [f"checked {n}" for n in range(len(written))]
+    assert inputs() == [
+        {"repo": "me/pairs"} | {k: f[k] for k in ("file", "sha256")} | {"revision": "0123abc"} for f in files
+    ]
 
 
 def test_a_folder_of_ones_own_is_told_by_its_name_alone(tmp_path):
