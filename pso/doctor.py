@@ -30,7 +30,7 @@ from pso.machine import Finding, disk, gpus, packages
 from pso.paths import RESULTS, scale_dir
 from pso.provenance import UserError, sentences
 from pso.remote import Refusal, Repository, Snapshot
-from pso.steps import needed, slug
+from pso.steps import needed, published_entry, slug
 
 TRIES = 2  # of a question to a server: a doctor does not wait for long
 AT_ONCE = 8
@@ -165,13 +165,12 @@ def tokens() -> str:
 
 def disk_needs(config: Config, rows: list[Row], results: Path) -> list[tuple[str, Path, float]]:
     """What, where, bytes."""
-    entries = config.repositories
     if config.scale_entry.hub == "standin":
         return [("stand-in world", scale_dir(config.scale, results), STANDIN_BYTES)]
     if config.scale_entry.hub == "random":
         small = config.scale_entry.random.sizes == "small"
-        weights = [entries[name].size_gb for name in needed(config) if entries[name].source == "hub_model"]
-        need = STANDIN_BYTES if small else sum(weights) * 1e9
+        entries = [published_entry(config, name) for name in needed(config)]
+        need = STANDIN_BYTES if small else sum(e.size_gb for e in entries if e.source == "hub_model") * 1e9
         return [("weights drawn at random", scale_dir(config.scale, results), need)]
     return [("files to fetch", Path(constants.HF_HUB_CACHE), sum(row.to_fetch for row in rows))]
 

@@ -139,14 +139,20 @@ def metric_repositories(config: Config, metric: str) -> list[str]:
     return sorted({repo for part in parts for repo in (part.repo, part.processor) if repo})
 
 
+def original(config: Config, repo: str) -> str:
+    """The repository of which one is a mirror; itself, where it has an entry of its own or none at all."""
+    if repo in config.repositories:
+        return repo
+    return next((name for name, entry in config.repositories.items() if repo in entry.mirrors), repo)
+
+
 def published_entry(config: Config, repo: str) -> RepositoryEntry:
     """The repository's own entry, or that of the repository of which it is a mirror: the same files at a commit of
     its own."""
     if repo in config.repositories:
         return config.repositories[repo]
-    for entry in config.repositories.values():
-        if repo in entry.mirrors:
-            return entry.model_copy(update={"revision": None, "gone": None, "mirrors": []})
+    if (entry := config.repositories.get(original(config, repo))) is not None:
+        return entry.model_copy(update={"revision": None, "gone": None, "mirrors": []})
     raise UserError(
         f"repository {repo} has no entry in repositories.yaml and is nobody's mirror there; add an entry with its "
         "files, size_gb and licence, or its name to the mirrors of the repository whose files it has."

@@ -276,3 +276,11 @@ def test_snakemake_doctor_is_a_target_of_its_own(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "GO: scale smoke can start" in done.stdout + done.stderr
     assert not (tmp_path / "results").exists()
+
+
+def test_a_mirror_at_the_rehearsal_is_no_error(tmp_path, capsys, monkeypatch):
+    settings = json.dumps({"scale": "rehearsal", "datasets": {"pickapic_v2": {"repo": "liuhuohuo2/pick-a-pic-v2"}}})
+    monkeypatch.setattr(machine, "free_bytes", lambda folder: 10**12)
+    monkeypatch.chdir(tmp_path)
+    code, output = examined(capsys, monkeypatch, "--set", settings)
+    assert code == 0 and "disk for weights drawn at random" in output
