@@ -163,6 +163,19 @@ def needed(config: Config) -> dict[str, list[str]]:
     """Repository -> what needs it ("model sdxl_dmd2", "metric pick_score", "data pickapic_v2"), for the tables asked
     for. Folders of the user's own are left out."""
     found: dict[str, list[str]] = {}
+    for what, repo in _needs(config):
+        if not is_outside(repo):
+            found.setdefault(repo, []).append(what)
+    return dict(sorted(found.items()))
+
+
+def own_folders(config: Config) -> list[str]:
+    """Data sets that the tables asked for read from a folder of the user's own."""
+    return [what.removeprefix("data ") for what, repo in _needs(config) if is_outside(repo)]
+
+
+def _needs(config: Config) -> list[tuple[str, str]]:
+    """What needs which repository or folder."""
     wanted = jobs(config)
     models = sorted({job.model for job in wanted})
     methods = sorted({job.method for job in wanted} - {UNTUNED})
@@ -177,8 +190,4 @@ def needed(config: Config) -> dict[str, list[str]]:
         data.add(config.scale_entry.preference_model.data)
     needs = [(f"model {name}", repo) for name in models for repo in model_repositories(config, name)]
     needs += [(f"metric {name}", repo) for name in sorted(judges) for repo in metric_repositories(config, name)]
-    needs += [(f"data {name}", config.datasets[name].repo) for name in sorted(data)]
-    for what, repo in needs:
-        if not is_outside(repo):
-            found.setdefault(repo, []).append(what)
-    return dict(sorted(found.items()))
+    return [*needs, *((f"data {name}", config.datasets[name].repo) for name in sorted(data))]
