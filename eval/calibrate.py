@@ -31,6 +31,7 @@ from pso import paths
 from pso.config import ConfigError, add_arguments, from_arguments
 from pso.entries import Config
 from pso.provenance import atomic, sentences, write_json
+from pso.runs import jobs_asked_for
 
 HEAD = ["Row", "Column", "Paper", "Ours", "95 % interval", "Difference", "Tolerance", "Verdict", "Plain"]
 PLAIN = """\
@@ -166,6 +167,8 @@ def main() -> None:
         if args.model is not None and args.model not in config.models:
             raise ConfigError(f"--model is {args.model!r}; expected one of {', '.join(config.models)}.")
         task = None if args.model is None else args.task
+        if task is not None:
+            jobs_asked_for(config, args.model, task, untuned=True)  # a sentence where there are none
         print("\n".join(told(write(config, args.results, task, args.model))))
 
 

@@ -14,7 +14,7 @@ from pso.checks import PAIRS
 from pso.entries import UNTUNED, Config
 from pso.paths import root_of
 from pso.runs import Job, jobs, metrics, not_comparable
-from pso.steps import needed
+from pso.steps import needed, original, published_entry
 from pso.work import Call, Calls, Tuning
 
 # Pick-a-Pic v2 without ties, by Diffusion-DPO's appendix: what pso/data.py finds and checks.
@@ -87,13 +87,15 @@ def num_prompts(config: Config, dataset: str) -> int:
 def judge(config: Config, metric: str | None) -> Call | None:
     """The network that looks at a picture, if a metric has one that is known here."""
     checkpoint = None if metric is None else config.metrics[metric].checkpoint
-    return None if checkpoint is None or checkpoint.repo not in JUDGES else Call(JUDGES[checkpoint.repo])
+    network = None if checkpoint is None else JUDGES.get(original(config, checkpoint.repo))
+    return None if network is None else Call(network)
 
 
 def unknown_judges(config: Config) -> list[str]:
-    """Metrics whose network is not known here."""
-    entries = config.metrics.items()
-    return sorted(n for n, m in entries if m.checkpoint is not None and m.checkpoint.repo not in JUDGES)
+    """Metrics of the tables asked for that read a checkpoint whose network is not known here."""
+    asked = {need.removeprefix("metric ") for needs in needed(config).values() for need in needs}
+    found = {name: entry.checkpoint for name, entry in config.metrics.items() if name in asked}
+    return sorted(name for name, part in found.items() if part is not None and judge(config, name) is None)
 
 
 # ---- the jobs of a campaign ----
@@ -128,7 +130,7 @@ def works(config: Config, kept: float = work.KEPT) -> list[Work]:
 def _fetched(config: Config) -> Iterator[Work]:
     if config.scale_entry.hub == "fetched":
         for repo in needed(config):
-            yield Work("fetch", repo, {}, gb=config.repositories[repo].size_gb)
+            yield Work("fetch", repo, {}, gb=published_entry(config, repo).size_gb)
 
 
 def judged_by_own_model(config: Config, method: str) -> bool:

@@ -20,17 +20,19 @@ from pathlib import Path
 from huggingface_hub import constants
 from tabulate import tabulate
 
+from pso.campaign import works
 from pso.chosen import chosen
 from pso.config import add_arguments, from_arguments
 from pso.download import cached, missing_bytes
 from pso.entries import Config
+from pso.estimate import disk_gb
 from pso.hub import hub_dir
 from pso.lockfile import LOCK, write_once
-from pso.machine import Finding, disk, gpus, packages
+from pso.machine import Finding, disk, gpus, own_data, packages
 from pso.paths import RESULTS, scale_dir
 from pso.provenance import UserError, sentences
 from pso.remote import Refusal, Repository, Snapshot
-from pso.steps import needed, slug
+from pso.steps import needed, published_entry, slug
 
 TRIES = 2  # of a question to a server: a doctor does not wait for long
 AT_ONCE = 8
@@ -165,15 +167,20 @@ def tokens() -> str:
 
 def disk_needs(config: Config, rows: list[Row], results: Path) -> list[tuple[str, Path, float]]:
     """What, where, bytes."""
-    entries = config.repositories
     if config.scale_entry.hub == "standin":
         return [("stand-in world", scale_dir(config.scale, results), STANDIN_BYTES)]
     if config.scale_entry.hub == "random":
         small = config.scale_entry.random.sizes == "small"
-        weights = [entries[name].size_gb for name in needed(config) if entries[name].source == "hub_model"]
-        need = STANDIN_BYTES if small else sum(weights) * 1e9
+        entries = [published_entry(config, name) for name in needed(config)]
+        need = STANDIN_BYTES if small else sum(e.size_gb for e in entries if e.source == "hub_model") * 1e9
         return [("weights drawn at random", scale_dir(config.scale, results), need)]
-    return [("files to fetch", Path(constants.HF_HUB_CACHE), sum(row.to_fetch for row in rows))]
+    made = 1e9 * sum(sum(disk_gb(item).values()) - item.gb for item in works(config))
+    folder = scale_dir(config.scale, results)
+    there = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return [
+        ("files to fetch", Path(constants.HF_HUB_CACHE), sum(row.to_fetch for row in rows)),
+        ("latents, images and LoRAs", folder, max(made - there, 0)),
+    ]
 
 
 def examine(config: Config, args: argparse.Namespace) -> list[str]:
@@ -188,6 +195,7 @@ def examine(config: Config, args: argparse.Namespace) -> list[str]:
     else:
         print(f"scale {config.scale} fetches nothing: the workflow makes its weights and data.\n")
     findings = [*disk(disk_needs(config, rows, args.results)), *gpus(config, args.gpu_elsewhere), *packages()]
+    findings += own_data(config)
     if fetched:
         findings.append(Finding("tokens", "where a repository is gated", tokens()))
     lines = [[f.what, f.need, f.there, "" if f.reason is None else "missing"] for f in findings]

@@ -11,6 +11,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from pso.standin_entries import Fit, StandIn
 from pso.strict import Name, Strict, WholeNumber
 
+COMMIT = r"^[0-9a-f]{7,40}$"  # or its beginning; the name of a branch or tag holds nothing fast
 UNTUNED = "untuned"  # the method of a row in which nothing was trained
 
 # ---- what methods take (each method's own Config derives from one of these) ----
@@ -178,7 +179,7 @@ class RepositoryEntry(Strict):
     source: Literal["hub_model", "hub_dataset", "github"] = "hub_model"
     files: list[str]  # globs of what is fetched
     variant: str | None = None  # of a file that exists in this variant too, as x.fp16.safetensors, it alone is fetched
-    revision: str | None = None  # commit, where it could be looked up
+    revision: Annotated[str, Field(pattern=COMMIT)] | None = None  # commit, where it could be looked up
     sha256: dict[str, str] = {}  # of files, where known; checked after fetching
     size_gb: PositiveFloat  # of those files, 1e9 bytes
     licence: str  # as published; "unstated" where the repository says nothing

@@ -210,6 +210,7 @@ def estimate(
         },
         "total": line(items, flops, speed),
         "drivers": drivers(config, items, flops, speed, kept),
+        "unknown_judges": campaign.unknown_judges(config),
         "jobs": [{"rule": i.rule, "job": i.name, **line([i], flops, speed), "uncounted": i.uncounted} for i in items],
     }
 
@@ -346,6 +347,7 @@ def _notes(told: dict) -> list[str]:
         f"{PNG_BYTES:g} bytes for each px of a PNG; LoRAs in float32",
     ]
     unknown = [f"{job['job']}: {job['uncounted']}" for job in told["jobs"] if job["uncounted"]]
+    unknown += [f"calls of {name}, whose network is not known here" for name in told["unknown_judges"]]
     sections = {"What drives it": drives, "What is not in it": [*unknown, *not_in_it], "Assumptions": assumed}
     return [f"## {title}\n\n" + "\n".join(f"- {one}" for one in lines) for title, lines in sections.items()]
 

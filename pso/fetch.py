@@ -31,8 +31,9 @@ def fetch(config: Config, name: str, results: Path = RESULTS, lock: Path = LOCK)
         )
     repository = Repository.of(config, name)
     say_licence(repository)
+    pinned = repository.revision(lock)  # before asking: what another process writes meanwhile holds for us too
     snapshot = snapshot_of(repository, lock)
-    if repository.revision(lock) is None:
+    if pinned is None:
         commit = write_once(name, snapshot.commit, lock)
         say(f"{name}: newest commit {snapshot.commit} looked up and written to {lock}")
         if commit != snapshot.commit:  # another process was faster

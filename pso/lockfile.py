@@ -5,6 +5,7 @@ It is written once for each repository and then holds: it belongs into version c
 
 import datetime
 import json
+import re
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -36,13 +37,13 @@ def write_once(repo: str, revision: str, path: Path = LOCK) -> str:
 def _content(path: Path) -> dict[str, dict]:
     try:
         content = json.loads(path.read_text())
-        if all(isinstance(found["revision"], str) for found in content.values()):
+        if all(re.fullmatch("[0-9a-f]{40}", found["revision"]) for found in content.values()):
             return content
     except FileNotFoundError:
         return {}
     except (ValueError, AttributeError, KeyError, TypeError):
         pass
     raise UserError(
-        f'{path} is not a lock file; expected {{"owner/name": {{"revision": "commit", "looked_up": "date"}}}}. '
-        "Restore it from version control, or remove it to look the newest commits up."
+        f'{path} is not a lock file; expected {{"owner/name": {{"revision": "40 digits", "looked_up": "date"}}}}'
+        ". Restore it from version control, or remove it to look the newest commits up."
     )

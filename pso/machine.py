@@ -1,4 +1,4 @@
-"""What this machine has against what a scale needs: disk, GPUs, packages."""
+"""What this machine has against what a scale needs: disk, GPUs, packages, data of the user's own."""
 
 import tomllib
 from dataclasses import dataclass
@@ -9,8 +9,10 @@ from packaging.requirements import Requirement
 
 from pso.download import free_bytes
 from pso.entries import UNTUNED, Config
+from pso.imagefolder import METADATA
 from pso.provenance import ROOT
 from pso.runs import jobs
+from pso.steps import own_folders
 
 # GiB at 1024 px and 16 bits: 5.13 GB of UNet and 1.6 of text encoders, VAE and activations of a batch of 8; tuning
 # keeps about 5.6 GB of activations for each picture and time without checkpointing. Stated, not measured.
@@ -65,6 +67,18 @@ def gpus(config: Config, elsewhere: bool = False) -> list[Finding]:
         there += "; enough with gradient checkpointing"
     reason = f"a GPU has {least:.0f} GiB of the {SAMPLING_GIB} that sampling needs" if least < SAMPLING_GIB else None
     return [Finding("GPU memory", need, there, reason)]
+
+
+def own_data(config: Config) -> list[Finding]:
+    """Whether folders of the user's own hold what their data sets name; their paths are not told."""
+    found = []
+    for name in own_folders(config):
+        entry = config.datasets[name]
+        files = f"{entry.files}/{METADATA}" if entry.format == "imagefolder" else entry.files
+        there = len(list(Path(entry.repo).glob(files)))
+        reason = None if there else f"the folder of datasets.{name}.repo has no {files}"
+        found.append(Finding(f"data {name}, your own", files, str(there or "none"), reason))
+    return found
 
 
 def packages(pyproject: Path = ROOT / "pyproject.toml") -> list[Finding]:

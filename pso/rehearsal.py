@@ -26,7 +26,7 @@ from pso.paths import RESULTS
 from pso.provenance import Meter, UserError, atomic, record, sentences, sha256_of, write_json
 from pso.rehearsal_data import DATA
 from pso.rehearsal_weights import HPS, WEIGHTS, State, write_companions
-from pso.steps import slug
+from pso.steps import original, slug
 
 log = logging.getLogger("rehearsal")
 NETWORKS: dict[str, ModuleType] = {"published": architectures, "small": rehearsal_small}
@@ -60,15 +60,15 @@ def write_repository(config: Config, repo: str, root: Path) -> list[dict]:
     asked = config.scale_entry.random
     if asked is None:
         raise ConfigError(f"scales.{config.scale}.random is missing; expected it at a scale that draws its weights.")
-    folder = root / repo
-    if repo in DATA:
-        DATA[repo](config, asked, folder)
-    elif repo in WEIGHTS:
+    folder, twin = root / repo, original(config, repo)
+    if twin in DATA:
+        DATA[twin](config, asked, folder)
+    elif twin in WEIGHTS:
         nets = NETWORKS[asked.sizes]
         folder.mkdir(parents=True, exist_ok=True)
-        write_companions(repo, folder, nets)
-        for file, state in WEIGHTS[repo](nets, config).items():
-            save(folder / file, state, asked.seed, repo)
+        write_companions(twin, folder, nets)
+        for file, state in WEIGHTS[twin](nets, config).items():
+            save(folder / file, state, asked.seed, twin)
     else:
         known = ", ".join(sorted({*WEIGHTS, *DATA}))
         raise UserError(

@@ -139,14 +139,20 @@ def metric_repositories(config: Config, metric: str) -> list[str]:
     return sorted({repo for part in parts for repo in (part.repo, part.processor) if repo})
 
 
+def original(config: Config, repo: str) -> str:
+    """The repository of which one is a mirror; itself, where it has an entry of its own or none at all."""
+    if repo in config.repositories:
+        return repo
+    return next((name for name, entry in config.repositories.items() if repo in entry.mirrors), repo)
+
+
 def published_entry(config: Config, repo: str) -> RepositoryEntry:
     """The repository's own entry, or that of the repository of which it is a mirror: the same files at a commit of
     its own."""
     if repo in config.repositories:
         return config.repositories[repo]
-    for entry in config.repositories.values():
-        if repo in entry.mirrors:
-            return entry.model_copy(update={"revision": None, "gone": None, "mirrors": []})
+    if (entry := config.repositories.get(original(config, repo))) is not None:
+        return entry.model_copy(update={"revision": None, "gone": None, "mirrors": []})
     raise UserError(
         f"repository {repo} has no entry in repositories.yaml and is nobody's mirror there; add an entry with its "
         "files, size_gb and licence, or its name to the mirrors of the repository whose files it has."
@@ -157,6 +163,19 @@ def needed(config: Config) -> dict[str, list[str]]:
     """Repository -> what needs it ("model sdxl_dmd2", "metric pick_score", "data pickapic_v2"), for the tables asked
     for. Folders of the user's own are left out."""
     found: dict[str, list[str]] = {}
+    for what, repo in _needs(config):
+        if not is_outside(repo):
+            found.setdefault(repo, []).append(what)
+    return dict(sorted(found.items()))
+
+
+def own_folders(config: Config) -> list[str]:
+    """Data sets that the tables asked for read from a folder of the user's own."""
+    return [what.removeprefix("data ") for what, repo in _needs(config) if is_outside(repo)]
+
+
+def _needs(config: Config) -> list[tuple[str, str]]:
+    """What needs which repository or folder."""
     wanted = jobs(config)
     models = sorted({job.model for job in wanted})
     methods = sorted({job.method for job in wanted} - {UNTUNED})
@@ -171,8 +190,4 @@ def needed(config: Config) -> dict[str, list[str]]:
         data.add(config.scale_entry.preference_model.data)
     needs = [(f"model {name}", repo) for name in models for repo in model_repositories(config, name)]
     needs += [(f"metric {name}", repo) for name in sorted(judges) for repo in metric_repositories(config, name)]
-    needs += [(f"data {name}", config.datasets[name].repo) for name in sorted(data)]
-    for what, repo in needs:
-        if not is_outside(repo):
-            found.setdefault(repo, []).append(what)
-    return dict(sorted(found.items()))
+    return [*needs, *((f"data {name}", config.datasets[name].repo) for name in sorted(data))]

@@ -208,6 +208,21 @@ def test_a_missing_file_is_a_sentence_with_the_command(tmp_path, monkeypatch):
     assert not (tmp_path / "paper").exists()
 
 
+@pytest.mark.parametrize(
+    ("model", "task", "said"),
+    [
+        ("sdxl_dmd2", "preferences", "--task is 'preferences', but sdxl_dmd2 has no row for it in .*; expected prefer"),
+        ("sdxl", "concept", "--untuned is given, but no row of .* shows sdxl untuned"),
+    ],
+)
+def test_a_model_without_untuned_rows_is_not_calibrated(tmp_path, monkeypatch, model, task, said):
+    asked = ["--model", model, "--task", task, "--results", str(tmp_path), "--set", '{"scale": "paper"}']
+    monkeypatch.setattr(sys, "argv", ["eval.calibrate", *asked])
+    with pytest.raises(SystemExit, match=f"eval.calibrate: {said}"):
+        main()
+    assert not (tmp_path / "paper").exists()
+
+
 def test_a_small_scale_warns_of_nothing_and_shows_no_number_of_the_paper(tmp_path):
     scale = "miniature"
     cfg = paper_config(scale)

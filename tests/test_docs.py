@@ -359,3 +359,31 @@ def test_no_file_names_a_folder_or_index_of_the_machine_that_built_it(pattern):
         for number, line in enumerate((ROOT / name).read_bytes().decode(errors="ignore").splitlines(), 1):
             found += [f"{name}:{number}: {m[0]}" for m in pattern.finditer(line)]
     assert found == []
+
+
+def test_the_snakefile_begins_with_every_target_and_every_path_of_the_results():
+    begins = text_of("workflow/Snakefile").partition("\nimport")[0]
+    _, _, targets = begins.partition("Targets:")
+    for name in (
+        "all",
+        "hub",
+        "claims",
+        "figures",
+        "verify_scorers",
+        "doctor",
+        "cost",
+        "calibrate",
+        "leakage",
+        "spent",
+    ):
+        assert re.search(rf"\b{name}\b", targets), name
+    said = text_of("results/README.md")
+    for path in ("calibrate", "leakage", "estimate", "claims"):
+        assert f"{path}.{{md,json}}" in begins and f"results/{{scale}}/{path}.{{md,json}}" in said, path
+    for path in (
+        "untuned_images.json",
+        "untuned_scores.json",
+        "hub/repositories/{owner}--{name}.json",
+        "hub.lock.json",
+    ):
+        assert path in begins and path in said, path

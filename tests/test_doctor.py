@@ -36,6 +36,7 @@ def hub(monkeypatch, tmp_path, paper):
         set_process(monkeypatch, found, tmp_path / "home")
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(doctor, "from_arguments", lambda args: paper)
+        monkeypatch.setattr(machine, "free_bytes", lambda folder: 2 * 10**12)
         for name in needed(paper):
             publish(found, paper, name)
         yield found
@@ -179,7 +180,32 @@ def test_tokens_are_named_and_never_shown(hub, capsys, monkeypatch, tmp_path):
 def test_a_small_disk_is_no_go(hub, capsys, monkeypatch):
     monkeypatch.setattr(machine, "free_bytes", lambda folder: 1)
     code, output = examined(capsys, monkeypatch)
-    assert code == 1 and output.splitlines()[-1] == "NO-GO: the disk lacks 0.0 GB for files to fetch"
+    assert code == 1 and output.splitlines()[-1].startswith("NO-GO: the disk lacks 0.0 GB for files to fetch; ")
+
+
+def test_a_disk_for_the_files_alone_is_no_go_because_results_need_more(hub, capsys, monkeypatch, tmp_path):
+    """Latents 545.3, prompt embeddings 75.0, images 137.6, LoRAs 20.5 GB; what is there counts."""
+    monkeypatch.setattr(machine, "free_bytes", lambda folder: 500 * 10**9)
+    code, output = examined(capsys, monkeypatch)
+    told = "NO-GO: the disk lacks {} GB for latents, images and LoRAs"
+    assert code == 1 and output.splitlines()[-1] == told.format("278.4")
+    (tmp_path / "results/paper/cache").mkdir(parents=True)
+    with open(tmp_path / "results/paper/cache/made", "wb") as file:
+        file.truncate(10 * 10**9)  # a sparse file
+    assert examined(capsys, monkeypatch)[1].splitlines()[-1] == told.format("268.4")
+
+
+def test_a_folder_of_ones_own_is_looked_into(hub, paper, capsys, monkeypatch, tmp_path):
+    own = paper.datasets["pickapic_v2"].model_copy(update={"repo": str(tmp_path / "own"), "files": "x-*.parquet"})
+    config = paper.model_copy(update={"datasets": paper.datasets | {"pickapic_v2": own}})
+    monkeypatch.setattr(doctor, "from_arguments", lambda args: config)
+    code, output = examined(capsys, monkeypatch)
+    said = "NO-GO: the folder of datasets.pickapic_v2.repo has no x-*.parquet"
+    assert code == 1 and output.splitlines()[-1] == said and str(tmp_path) not in output
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/x-1.parquet").write_bytes(b"")
+    code, output = examined(capsys, monkeypatch)
+    assert code == 0 and line(output, "data pickapic_v2,").split()[-1] == "1"
 
 
 def test_needs_on_one_disk_add_up(tmp_path, monkeypatch):
@@ -275,4 +301,12 @@ def test_snakemake_doctor_is_a_target_of_its_own(tmp_path):
     done = snakemake("doctor", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "GO: scale smoke can start" in done.stdout + done.stderr
-    assert not (tmp_path / "results").exists()
+    assert [p.name for p in (tmp_path / "results").rglob("*") if p.is_file()] == ["doctor.log"]
+
+
+def test_a_mirror_at_the_rehearsal_is_no_error(tmp_path, capsys, monkeypatch):
+    settings = json.dumps({"scale": "rehearsal", "datasets": {"pickapic_v2": {"repo": "liuhuohuo2/pick-a-pic-v2"}}})
+    monkeypatch.setattr(machine, "free_bytes", lambda folder: 10**12)
+    monkeypatch.chdir(tmp_path)
+    code, output = examined(capsys, monkeypatch, "--set", settings)
+    assert code == 0 and "disk for weights drawn at random" in output

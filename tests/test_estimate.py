@@ -407,3 +407,20 @@ def test_the_workflow_tells_the_cost_before_anything_is_run(tmp_path):
     assert {path.name for path in (tmp_path / "results/reduced").iterdir()} == {"estimate.md", "estimate.json", "logs"}
     told = json.loads((tmp_path / "results/reduced/estimate.json").read_text())
     assert told["total"] == estimate.estimate(load({"scale": "reduced"}), ["table2"])["total"]
+
+
+def test_a_mirror_costs_what_the_original_does_and_its_judges_are_counted():
+    copied = {
+        "datasets": {"pickapic_v2": {"repo": "liuhuohuo2/pick-a-pic-v2"}},
+        "metrics": {"image_reward": dict.fromkeys(("checkpoint", "architecture"), {"repo": "zai-org/ImageReward"})},
+    }
+    told, plain = (estimate.estimate(load({"scale": "paper", **more}), ["table2"]) for more in (copied, {}))
+    assert told["total"] == plain["total"] and told["total"]["scored_by"]["image_reward"] > 0
+
+
+def test_a_judge_of_an_unknown_repository_is_said_not_to_be_counted():
+    entry = {"files": ["*"], "size_gb": 1.0, "licence": "own"}
+    own = {"repositories": {"me/reward": entry}, "metrics": {"image_reward": {"checkpoint": {"repo": "me/reward"}}}}
+    said = estimate.text(load({"scale": "paper", **own}), ["table2"])
+    assert "- calls of image_reward, whose network is not known here" in said
+    assert "not known here" not in estimate.text(load({"scale": "paper"}), ["table2"])

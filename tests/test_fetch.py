@@ -15,6 +15,7 @@ from conftest import ROOT, run, snakemake
 from fake_hub import API, BAD_TOKEN, GATED, GATED_401, NOT_FOUND, UNKNOWN, FakeHub, Fault, git_sha1, set_process
 from huggingface_hub import constants, hf_hub_download
 
+from pso import fetch as fetching
 from pso import remote
 from pso.config import OFFLINE_VARIABLE, job_environment, load
 from pso.entries import RepositoryEntry
@@ -215,6 +216,31 @@ def test_of_two_that_look_up_at_once_the_first_holds(tmp_path):
     assert write_once("a/b", "2" * 40, lock) == "1" * 40
     assert write_once("a/a", "3" * 40, lock) == "3" * 40
     assert read_lock(lock) == {"a/a": "3" * 40, "a/b": "1" * 40}
+
+
+def test_a_commit_that_another_writes_while_we_ask_holds_for_us(hub, paper, tmp_path, monkeypatch):
+    config = with_entries(paper, acme__model=entry())
+    first = hub.repo(NAME).commit(FILES)
+    hub.repo(NAME).commit(FILES | {"config.json": b"newer"})
+    asked = fetching.snapshot_of
+
+    def slowly(repository, lock):
+        found = asked(repository, lock)
+        write_once(NAME, first, lock)
+        return found
+
+    monkeypatch.setattr(fetching, "snapshot_of", slowly)
+    assert fetched(config, tmp_path)["revision"] == first == read_lock(tmp_path / "hub.lock.json")[NAME]
+
+
+@pytest.mark.parametrize("revision", ["main", "v1.0", "", "27A8642"])
+def test_a_branch_or_tag_is_no_revision(tmp_path, revision):
+    repositories = {"tianweiy/DMD2": {"revision": revision}}
+    with pytest.raises(UserError, match=r"^repositories\.tianweiy/DMD2\.revision is "):
+        load({"scale": "paper", "repositories": repositories})
+    (tmp_path / "hub.lock.json").write_text(json.dumps({"a/b": {"revision": revision}}))
+    with pytest.raises(UserError, match="is not a lock file"):
+        read_lock(tmp_path / "hub.lock.json")
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"a/b": "1"}', '{"a/b": {}}', '{"a/b": {"revision": 1}}'])

@@ -321,6 +321,15 @@ def test_a_repository_without_a_twin_and_a_scale_without_random_weights_are_refu
     assert not list(tmp_path.iterdir())
 
 
+def test_a_mirror_is_rehearsed_with_the_files_of_its_original(tmp_path):
+    for repo, mirror in (
+        ("yuvalkirstain/pickapic_v2", "liuhuohuo2/pick-a-pic-v2"),
+        (seeded.BERT, "google-bert/bert-base-uncased"),
+    ):
+        files, copies = write_repository(CONFIG, repo, tmp_path), write_repository(CONFIG, mirror, tmp_path)
+        assert files == copies and (tmp_path / mirror / copies[0]["file"]).is_file()
+
+
 # ---- the tokenizers at published size ----
 
 
