@@ -139,19 +139,23 @@ def judged_by_own_model(config: Config, method: str) -> bool:
     return any(head is not None and "{model}" in (head.file or "") for head in heads)
 
 
-def visited(config: Config, found: list[Run], model: str, dataset: str) -> int:
-    """Pairs of a set that the runs on a model see: with one seed they see the same ones in the same order."""
+def visited(config: Config, found: list[Run], model: str, dataset: str, by_judges: bool = True) -> int:
+    """Pairs of a set that the runs on a model see, and their judge's training if `by_judges`.
+
+    With one seed runs see the same ones in the same order; orders of several seeds, and the beginning of the set, meet
+    by chance, and what they have in common is kept once: the expected number.
+    """
     by_seed: dict[int, int] = {}
     for run in found:
         method = config.methods[run.method]
         if (run.model, method.data) == (model, dataset):
             by_seed[run.seed] = max(by_seed.get(run.seed, 0), method.tune.num_updates * method.tune.batch_size)
     first = 0
-    if any(run.model == model and judged_by_own_model(config, run.method) for run in found):
+    if by_judges and any(run.model == model and judged_by_own_model(config, run.method) for run in found):
         fit = config.scale_entry.preference_model
         first = fit.num_pairs if fit and fit.data == dataset else 0
     count, _ = pairs_and_prompts(config, dataset)
-    return min(count, max(sum(by_seed.values()), first))
+    return round(count * (1 - math.prod(1 - min(n, count) / count for n in (*by_seed.values(), first))))
 
 
 def _caches(config: Config, found: list[Run]) -> Iterator[Work]:
@@ -177,7 +181,7 @@ def _embeddings(config: Config, found: list[Run]) -> Iterator[Work]:
         if method.embeddings is not None:
             asked.setdefault((method.embeddings, method.data), set()).add(run.model)
     for (metric, dataset), models in sorted(asked.items()):
-        count = max(visited(config, found, model, dataset) for model in models)
+        count = max(visited(config, found, model, dataset, by_judges=False) for model in models)
         calls = Counter({Call("clip_h14_text"): min(count, pairs_and_prompts(config, dataset)[1])})
         if (network := judge(config, metric)) is not None:
             calls[network] += 2 * count

@@ -6,7 +6,6 @@ from pso.steps import needed, published_entry, slug
 rule hub:
     input:
         STEPS.all(),
-        STEPS.shown(),
 
 
 try:
