@@ -57,7 +57,7 @@ def test_the_plan_of_the_paper_is_the_longest_run_of_the_tables():
     assert embeddings_plan(config, "pick_score", "pickapic_v2").visits == {}
     more = load({"scale": "paper", "tables": ["extended"]})
     assert latents_plan(more, "sdxl_dmd2", "pickapic_v2").visits == {0: 40000 * 64}
-    assert latents_plan(load({"scale": "reduced"}), "sdxl_dmd2", "pickapic_v2").visits == {0: 32000}
+    assert latents_plan(load({"scale": "reduced"}), "sdxl_dmd2", "pickapic_v2").visits == {0: 128000}  # 0.4 of them
     assert latents_plan(load({"scale": "miniature"}), "sdxl_dmd2", "pickapic_v2") is None
 
 
