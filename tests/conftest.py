@@ -41,8 +41,10 @@ def snakemake(
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory) -> Path:
-    """A folder whose results/smoke the whole DAG has made."""
-    folder = tmp_path_factory.mktemp("smoke")
+    """A folder whose results/smoke the whole DAG has made: a new one, or the one that PSO_SMOKE names, which is brought
+    up to date."""
+    folder = Path(os.environ.get("PSO_SMOKE") or tmp_path_factory.mktemp("smoke"))
+    folder.mkdir(parents=True, exist_ok=True)
     done = snakemake(cwd=folder)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return folder
