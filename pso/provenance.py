@@ -5,7 +5,9 @@ Torch-free. Nothing here writes a host name, user name, token or absolute path.
 
 import ast
 import contextlib
+import fcntl
 import functools
+import glob
 import hashlib
 import importlib.util
 import json
@@ -56,15 +58,14 @@ def _write_errors() -> tuple[type[Exception], ...]:
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its name only when it is complete and on disk.
 
-    When writing fails (a full disk, say) the temporary file goes away and an old `path` stays.
+    When writing fails (a full disk, say) the temporary file goes away and an old `path` stays. That of a writer that was
+    killed goes away when `path` is next written.
     """
     path = Path(path)
-    part = None
+    part = handle = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        os.close(handle)
-        part = Path(name)
+        handle, part = _temporary(path)
         yield part
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
@@ -79,6 +80,40 @@ def atomic(path: Path) -> Iterator[Path]:
     finally:
         if part is not None:
             part.unlink(missing_ok=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def _temporary(path: Path) -> tuple[int, Path]:
+    """A new file beside path, locked while its writer lives, and those without a writer removed."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        sweeping = _lock(folder)  # nobody looks between making and locking; some file systems have no such locks
+        for old in path.parent.glob(f".{glob.escape(path.name)}.*.part") if sweeping else ():
+            with contextlib.suppress(OSError):
+                _remove_if_nobodys(old)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        _lock(handle)
+        return handle, Path(name)
+    finally:
+        os.close(folder)
+
+
+def _remove_if_nobodys(part: Path) -> None:
+    handle = os.open(part, os.O_RDWR)
+    try:
+        if _lock(handle, wait=False):
+            part.unlink()
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, wait: bool = True) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _umask() -> int:

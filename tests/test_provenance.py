@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -116,6 +117,27 @@ def test_the_content_is_on_disk_before_the_file_takes_its_name(tmp_path, monkeyp
     with atomic(tmp_path / "x") as part:
         part.write_text("four")
     assert calls == [4, "replace"]
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_writing_of_the_same_file(tmp_path):
+    code = "import os, sys\nfrom pathlib import Path\nfrom pso.provenance import atomic\n"
+    code += "with atomic(Path(sys.argv[1])) as part:\n    part.write_text('ha')\n    os.kill(os.getpid(), 9)"
+    for name in ("run.json", "run.jsonl", "run.json"):
+        assert subprocess.run([sys.executable, "-c", code, tmp_path / name], cwd=ROOT).returncode == -9
+    left = sorted(path.name.split(".")[1:3] for path in tmp_path.iterdir())
+    assert left == [["run", "json"], ["run", "jsonl"]]  # the third writer removed what the first had left
+    with atomic(tmp_path / "run.json") as part:
+        part.write_text("whole")
+    assert sorted(path.name[:10] for path in tmp_path.iterdir()) == [".run.jsonl", "run.json"]
+
+
+def test_two_writers_of_one_file_leave_each_other_alone(tmp_path):
+    with atomic(tmp_path / "x") as first:
+        first.write_text("first")
+        with atomic(tmp_path / "x") as second:
+            second.write_text("second")
+        assert first.exists() and (tmp_path / "x").read_text() == "second"
+    assert (tmp_path / "x").read_text() == "first"
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077, 0o002])
