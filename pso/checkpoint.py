@@ -39,9 +39,14 @@ class Checkpoints:
     def _all(self) -> list[Path]:
         return sorted(self.folder.glob("update[0-9]*"))
 
+    def _folder(self, update: int) -> Path:
+        return self.folder / f"update{update:07d}"
+
     def save(self, update: int, policy: Policy, optimizer, source) -> None:
-        """Everything goes to bytes first, so that a full disk shows as an OSError whatever the library."""
-        self.meter.counts["unet_forwards"] = policy.unet_forwards
+        """Everything goes to bytes first, so that a full disk shows as an OSError whatever the library. One that is
+        there already is the same."""
+        if self._folder(update).exists():
+            return
         files = {"lora.safetensors": _tensors(policy.lora_state()), "optimizer.pt": _pickled(optimizer.state_dict())}
         if hasattr(source, "state"):
             files["source.safetensors"] = _tensors(source.state())
@@ -57,7 +62,8 @@ class Checkpoints:
             shutil.rmtree(old)
 
     def _write(self, update: int, files: dict[str, bytes]) -> None:
-        final, part = self.folder / f"update{update:07d}", self.folder / f".update{update:07d}.part"
+        final = self._folder(update)
+        part = final.with_name(f".{final.name}.part")
         try:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)

@@ -58,8 +58,8 @@ def _write_errors() -> tuple[type[Exception], ...]:
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its name only when it is complete and on disk.
 
-    When writing fails (a full disk, say) the temporary file goes away and an old `path` stays. That of a writer that was
-    killed goes away when `path` is next written.
+    When writing fails (a full disk, say) the temporary file goes away and an old `path` stays. That of a writer that
+    was killed goes away when `path` is next written.
     """
     path = Path(path)
     part = handle = None

@@ -79,6 +79,12 @@ class Ranks:
         if self.accelerator is not None:
             self.accelerator.wait_for_everyone()
 
+    def end(self) -> None:
+        """The processes part, all of them at once: a launcher ends the others when one ends badly before them."""
+        if self.accelerator is not None:
+            self.accelerator.wait_for_everyone()
+            self.accelerator.end_training()
+
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """Memory that runs out in one process runs out in all: none waits for numbers of one that gave up."""

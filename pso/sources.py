@@ -17,6 +17,7 @@ from pso.evidence import Batch, Side
 from pso.mdp import Ancestral, Chain, Renoise, sdxl_alphas_cumprod
 from pso.policy import Conditioning, Policy, to_images
 from pso.provenance import UserError
+from pso.ranks import Ranks
 from pso.rollout import Key, keyed_noise, keyed_seed, rollouts
 from pso.visits import pair_indices
 
@@ -36,6 +37,7 @@ class Given:
     reward: object | None = None  # score(images, prompts) -> Tensor [B]
     micro_batch: int = 256  # images sampled, decoded and scored at a time; changes no result
     embeddings: PairEmbeddings | None = None  # of the pairs
+    ranks: Ranks = field(default_factory=Ranks)  # the processes among which sampling is shared out
 
 
 class _Latents:
@@ -156,11 +158,13 @@ class TargetsAgainstModel(_Latents):
         given, index = self.given, self.samples(update)
         n = self.steps(update, index)
         target = self.noised("target", update, index, n, True)
-        prompts = given.pairs.prompt_index[index]
-        keys = [(given.seed, "rollout", update, i) for i in index]
-        condition, bound = given.condition.rows(prompts), given.micro_batch
-        parts = rollouts(given.policy, given.chain, condition, keys, to_x0=False, micro_batch=bound)
-        states = torch.cat([part.states for part in parts])
+        prompts, own = given.pairs.prompt_index[index], given.ranks.share(len(index))
+        keys = [(given.seed, "rollout", update, i) for i in index[own]]
+        condition, bound = given.condition.rows(prompts[own]), given.micro_batch
+        with given.ranks.together():
+            parts = rollouts(given.policy, given.chain, condition, keys, to_x0=False, micro_batch=bound)
+            states = torch.cat([part.states for part in parts])
+        states = given.ranks.whole(states, len(index))
         return Batch(prompts, target, reverse_side(given.chain, states, n))
 
 
@@ -256,15 +260,18 @@ class OnlinePairs:
         self.buffer = rank(prompts, sides, rewards)
 
     def _member(self, prompts: Tensor, keys: list[Key], step_keys: list[Key]) -> tuple[Tensor, Tensor]:
-        """One sample per prompt: states [B, N, C, H, W] and rewards [B]. Images are dropped once they are scored."""
-        given, states, scores = self.given, [], []
-        texts, condition = [given.prompts[i] for i in prompts], given.condition.rows(prompts)
-        parts = rollouts(given.policy, given.chain, condition, keys, step_keys, micro_batch=given.micro_batch)
-        for start, part in zip(range(0, len(texts), given.micro_batch), parts, strict=True):
-            images = to_images(given.policy.decode(part.x0))
-            states.append(part.states)
-            scores.append(given.reward.score(images, texts[start : start + len(images)]).cpu())
-        return torch.cat(states), torch.cat(scores)
+        """One sample per prompt: states [B, N, C, H, W] and rewards [B]. Each process samples and scores its share;
+        images are dropped once they are scored."""
+        given, states, scores, own = self.given, [], [], self.given.ranks.share(len(prompts))
+        texts, condition = [given.prompts[i] for i in prompts[own]], given.condition.rows(prompts[own])
+        with given.ranks.together():
+            bound = given.micro_batch
+            parts = rollouts(given.policy, given.chain, condition, keys[own], step_keys[own], micro_batch=bound)
+            for start, part in zip(range(0, len(texts), bound), parts, strict=True):
+                images = to_images(given.policy.decode(part.x0))
+                states.append(part.states)
+                scores.append(given.reward.score(images, texts[start : start + len(images)]).cpu())
+        return tuple(given.ranks.whole(torch.cat(parts), len(prompts)) for parts in (states, scores))
 
     # -- resuming in the middle of a round --
 

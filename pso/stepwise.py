@@ -97,9 +97,11 @@ class StepwisePairs:
         """Sample, fork and score the prompts of one round; its pairs join the buffer, shuffled."""
         given, cfg = self.given, self.cfg
         prompts = torch.tensor(pair_indices(number, cfg.prompts_per_round, len(given.prompts), given.seed))
-        at_once = max(1, given.micro_batch // cfg.candidates)
-        parts = range(0, len(prompts), at_once)
-        found = [one for start in parts for one in self._part(number, start, prompts[start : start + at_once])]
+        at_once, own = max(1, given.micro_batch // cfg.candidates), given.ranks.share(len(prompts))
+        parts = [slice(start, min(start + at_once, own.stop)) for start in range(own.start, own.stop, at_once)]
+        with given.ranks.together():
+            found = [one for part in parts for one in self._part(number, part.start, prompts[part])]
+        found = self._of_all(found)
         found.sort(key=lambda one: one.fork)  # then by prompt: in how many parts it was made leaves no trace
         self._count(number, found)
         joined = {k: torch.cat([one.pairs[k] for one in found]) for k in found[0].pairs}
@@ -107,6 +109,14 @@ class StepwisePairs:
         order = torch.randperm(len(joined["n"]), generator=shuffle)
         new = {k: v[order.to(v.device)] for k, v in joined.items()}
         self.buffer = {k: torch.cat([self.buffer[k], v]) for k, v in new.items()} if self.buffer else new
+
+    def _of_all(self, found: list[Found]) -> list[Found]:
+        """With what the other processes found: tensors travel by way of the CPU."""
+        ranks, device = self.given.ranks, self.given.policy.device
+        if ranks.count == 1:
+            return found
+        moved = [one._replace(pairs={k: v.cpu() for k, v in one.pairs.items()}) for one in found]
+        return [one._replace(pairs={k: _to(device, v) for k, v in one.pairs.items()}) for one in ranks.lists(moved)]
 
     def _part(self, number: int, first: int, prompts: Tensor) -> Iterator[Found]:
         """Every fork of a few prompts, the `first` and following ones of the round."""
@@ -134,6 +144,7 @@ class StepwisePairs:
         kept, gaps = (torch.cat([getattr(one, k) for one in found]) for k in ("kept", "gaps"))
         counts.rounds, counts.last = number + 1, [kept.float().mean().item(), gaps.mean().item()]
         for one in found:
+            counts.reward_queries += len(one.kept) * self.cfg.candidates
             counts.forks[one.fork] += len(one.kept)
             counts.accepted[one.fork] += int(one.kept.sum())
 
@@ -147,7 +158,6 @@ class StepwisePairs:
             images = to_images(given.policy.decode(latents[part]))
             found.append(given.reward.score(images, texts[part], fork.t).float().cpu())
         scores = torch.cat(found)
-        self.counts.reward_queries += len(scores)
         if bad := int((~torch.isfinite(scores)).sum()):
             raise UserError(
                 f"the reward of {bad} of {len(scores)} sampled images is not finite; is its checkpoint whole?"
@@ -173,7 +183,12 @@ class StepwisePairs:
         half, device = len(per_time) // 2, self.given.policy.device
         self.counts = Counts(rounds, queries, per_time[:half], per_time[half:], state["last"].tolist())
         self.buffer = {k.removeprefix("buffer."): v for k, v in state.items() if k.startswith("buffer.")}
-        self.buffer |= {k: v.to(device) for k, v in self.buffer.items() if v.ndim > 2}  # latents; n and prompts stay
+        self.buffer = {k: _to(device, v) for k, v in self.buffer.items()}
+
+
+def _to(device, values: Tensor) -> Tensor:
+    """Latents go to the device; n and prompts stay."""
+    return values.to(device) if values.ndim > 2 else values
 
 
 def segments(fork: Fork, prompts: Tensor, best: Tensor, worst: Tensor, kept: Tensor) -> dict[str, Tensor]:

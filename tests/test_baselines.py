@@ -22,9 +22,9 @@ from pso import pso_offline
 from pso.entries import EvidenceConfig
 from pso.evidence import Batch, Evidence, Side, gather
 from pso.mdp import Ancestral, Renoise
+from pso.objective import Objective
 from pso.policy import Policy
 from pso.sources import Given, PreferencePairs
-from pso.tune import Objective
 
 DPO = {"beta": 10.0, "times": "uniform"}
 RPO = DPO | {"distance": "multi", "temperature": 0.5, "group_size": 4}

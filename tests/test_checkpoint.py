@@ -51,6 +51,7 @@ class Session:
                 parameter.grad = toy.randn(100 * update + i, *parameter.shape)
             self.optimizer.step()
             self.source.seen = torch.tensor([float(update)])
+            self.meter.counts = {"unet_forwards": self.policy.unet_forwards}
             self.checkpoints.save(update, self.policy, self.optimizer, self.source)
             found[update] = self.lora()
         return found

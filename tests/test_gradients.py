@@ -19,10 +19,10 @@ from baselines import diffusion
 from pso import pso_online
 from pso.evidence import Batch, Evidence
 from pso.mdp import Renoise
+from pso.objective import Call, Objective, flatten
 from pso.policy import Conditioning
 from pso.rollout import INITIAL, keyed_noise, rollout
 from pso.sources import Given, OnlinePairs, rank, reverse_side
-from pso.tune import Objective, flatten
 
 KEYS = [("eval", 0, name) for name in "abcd"]
 
@@ -316,7 +316,8 @@ def test_evidence_of_a_guided_sampler_is_that_of_its_own_steps():
     rows = condition.rows(torch.arange(4).repeat_interleave(3))
     step = Objective(pso_online, pso_online.Config(**CONFIGS[pso_online]), policy, chain, 100)
     with torch.no_grad():
-        (found,) = step.evidence([flatten(side)], rows, step.pre([flatten(side)], rows))
+        call = Call([flatten(side)], torch.arange(4).repeat_interleave(3), [(0, 0)])
+        (found,) = step.evidence(call, condition, step.pre(call, condition))
 
     def log_density(pre: bool, scale: float) -> torch.Tensor:
         nothing = Conditioning(torch.zeros_like(rows.hidden), torch.zeros_like(rows.pooled))

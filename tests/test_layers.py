@@ -17,7 +17,10 @@ FILES = {
     for path in sorted((ROOT / package).rglob("*.py"))
 }
 STANDARD = sys.stdlib_module_names
-CHAIN = ("pso.mdp", "pso.evidence", "pso.policy", "pso.models", "pso.rollout", "pso.sources", "pso.tune")
+CHAIN = (
+    *("pso.mdp", "pso.evidence", "pso.policy", "pso.models", "pso.rollout", "pso.sources"),
+    *("pso.objective", "pso.loop", "pso.tune"),
+)
 BRANCHING = ("pso.rollout", "pso.forks", "pso.sources", "pso.stepwise", "pso.tune")  # tune finds stepwise by its path
 TORCH_FREE = [
     *(
@@ -31,6 +34,7 @@ TORCH_FREE = [
         f"pso.{name}"
         for name in (
             "campaign",
+            "timeline",
             "checks",
             "estimate",
             "params",
@@ -56,6 +60,8 @@ TORCH_FREE = [
             "download",
             "fetch",
             "lockfile",
+            "locks",
+            "stopping",
             "remote",
             "replacing",
             "figures",

@@ -16,7 +16,13 @@ from pso import locks
 from pso.locks import locked
 from pso.provenance import UserError
 
-HOLD = "import sys, time\nfrom pso.locks import locked\nwith locked(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(60)\n"
+HOLD = """
+import sys, time
+from pso.locks import locked
+with locked(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from pso import pso_offline
 from pso.memory import Plan, choose, needs, plan, saved_bytes
+from pso.objective import Objective
 from pso.probe import Probe
-from pso.tune import Objective
 
 CHAIN = toy.exact(toy.Renoise)
 WHOLE = st.integers(1, 10**6)

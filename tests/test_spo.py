@@ -17,12 +17,12 @@ from pso.config import ConfigError, check, load
 from pso.evidence import Batch, Evidence
 from pso.forks import Fork, forked_steps, forks, shown_times
 from pso.mdp import Ddim, NoKernel, Renoise
+from pso.objective import Objective
 from pso.policy import to_images
 from pso.provenance import UserError
 from pso.rollout import INITIAL, keyed_noise, rollout
 from pso.sources import Given, OnlinePairs
 from pso.stepwise import EMPTY_ROUNDS, StepwisePairs, segments
-from pso.tune import Objective
 
 SETTINGS = {"beta": 10.0, "ratio_clip": 0.1, "threshold": 0.0, "prompts_per_round": 8}
 LOW, HIGH = math.log(0.9), math.log(1.1)

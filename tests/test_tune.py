@@ -21,10 +21,11 @@ from pso.config import ConfigError, load
 from pso.entries import EvidenceConfig
 from pso.hub import Hub
 from pso.mdp import Renoise
+from pso.objective import Objective
 from pso.paths import LORA_FILE
 from pso.provenance import sha256_of
 from pso.sources import PreferencePairs
-from pso.tune import Objective, Run, code_of, method_of, tuned_model
+from pso.tune import Run, code_of, method_of, tuned_model
 
 BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 # kill -9 from inside at update 5, in the middle of a line of the log
