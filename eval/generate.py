@@ -31,6 +31,7 @@ from pso.data import Prompt, prompts_of
 from pso.dreambooth import load_subject
 from pso.entries import Config, DatasetEntry
 from pso.hub import Hub, hub_dir
+from pso.locks import locked
 from pso.models import chain_for, load_policy
 from pso.paths import RESULTS, manifest, model_dir, root_of, scale_dir
 from pso.policy import Policy, to_images
@@ -40,6 +41,7 @@ from pso.runs import Job, jobs_asked_for
 
 log = logging.getLogger("generate")
 METADATA_KEY = b"pso_bench"
+LOCK = ".generate.lock"  # in a model's folder
 SHARD_BLOCKS = 8
 SCHEMA = pa.schema(
     [
@@ -202,7 +204,14 @@ class Generator:
 
 
 def generate(config: Config, model: str, results: Path, task: str | None = None, untuned: bool = False) -> None:
-    meter, found, wanted_jobs = Meter(), {}, jobs_asked_for(config, model, task, untuned)
+    wanted_jobs = jobs_asked_for(config, model, task, untuned)
+    folders = sorted({model_dir(config.scale, root_of(job.task), model, results) for job in wanted_jobs})
+    with locked(*(folder / LOCK for folder in folders)):
+        generate_jobs(config, model, results, wanted_jobs, untuned)
+
+
+def generate_jobs(config: Config, model: str, results: Path, wanted_jobs: list[Job], untuned: bool) -> None:
+    meter, found = Meter(), {}
     generator = Generator(config, model, results)
     began = time.monotonic()
     for number, job in enumerate(wanted_jobs, 1):

@@ -35,12 +35,14 @@ from pso.config import ConfigError, add_arguments, from_arguments
 from pso.dreambooth import load_subject
 from pso.entries import Config
 from pso.hub import Hub, hub_dir
+from pso.locks import locked
 from pso.models import load_metric
 from pso.paths import RESULTS, manifest, model_dir, root_of, scale_dir
 from pso.provenance import Meter, UserError, atomic, record, sentences, sha256_of, write_json
 from pso.runs import Job, jobs, jobs_asked_for, metrics, not_comparable
 
 log = logging.getLogger("score")
+LOCK = ".score.lock"  # in a model's folder
 
 
 def pictures_of(config: Config, hub: Hub, job: Job) -> tuple[list[Image.Image] | None, list[str]]:
@@ -148,8 +150,9 @@ def same_noise(pictures: Pictures, untuned: Pictures, again: str) -> Pictures:
 def score(config: Config, model: str, results: Path, task: str | None = None, untuned: bool = False) -> None:
     todo = jobs_asked_for(config, model, task, untuned)
     for root in sorted({root_of(job.task) for job in todo}):
-        scoring = Scoring(config, model, root, results, untuned)
-        score_task(scoring, [job for job in todo if root_of(job.task) == root])
+        with locked(model_dir(config.scale, root, model, results) / LOCK):
+            scoring = Scoring(config, model, root, results, untuned)
+            score_task(scoring, [job for job in todo if root_of(job.task) == root])
 
 
 def score_task(scoring: Scoring, todo: list[Job]) -> None:

@@ -26,15 +26,24 @@ UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`, made here and removed at the end; a sentence if another process holds it."""
-    path = Path(path)
+def locked(*paths: Path) -> Iterator[None]:
+    """Hold lock files, made here and removed at the end; a sentence if another process holds one."""
+    with contextlib.ExitStack() as held:
+        for path in paths:
+            held.enter_context(_locked(Path(path)))
+        yield
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
     handle, by_kernel = _open(path)
     try:
         _refuse_if_beating(handle, path, by_kernel)
         with _beats(handle):
-            yield
-            path.unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
     finally:
         os.close(handle)
 

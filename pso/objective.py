@@ -48,6 +48,7 @@ class Objective:
     micro_batch: int
     ranks: Ranks = field(default_factory=Ranks)
     plan: Plan | None = None  # of the memory, made at the first update
+    rows: int = 0  # of this process in an update
 
     def evidence_cfg(self) -> EvidenceConfig:
         fields = {k: v for k, v in self.cfg.model_dump().items() if k in EvidenceConfig.model_fields}
@@ -109,11 +110,11 @@ class Objective:
         own = self.ranks.share(len(batch.prompts))
         sides = [flatten(side.rows(own)) for side in batch.sides]
         prompts = batch.prompts[own].repeat_interleave(batch.target.n.shape[1])
-        rows = len(sides) * len(prompts)
+        self.rows = len(sides) * len(prompts)
         if self.plan is None:
-            self.plan = choose(self.policy, self.chain, condition, rows, self.micro_batch)
+            self.plan = choose(self.policy, self.chain, condition, self.rows, self.micro_batch)
         size = self.plan.micro_batch
-        if rows <= size:
+        if self.rows <= size:
             return [Call(sides, prompts.repeat(len(sides)), [(k, 0) for k in range(len(sides))])]
         return [
             Call([side.rows(slice(start, start + size))], prompts[start : start + size], [(k, start)])
@@ -152,16 +153,16 @@ class Objective:
     def use_less_memory(self) -> str:
         """After memory ran out: half the rows at a time, at last one row with its activations formed again. What was
         changed; a sentence if nothing is left to change."""
-        plan, where = self.plan, "of an update's rows through the network at a time"
+        plan, size = self.plan, min(self.plan.micro_batch, self.rows)
         for parameter in self.policy.lora_parameters():
             parameter.grad = None
-        if plan.micro_batch > 1:
-            self.plan = replace(plan, micro_batch=plan.micro_batch // 2)
-            return f"{self.plan.micro_batch} instead of {plan.micro_batch} {where}"
+        if size > 1:
+            self.plan = replace(plan, micro_batch=size // 2)
+            return f"{size // 2} instead of {size} of an update's rows go through the network at a time"
         if not plan.gradient_checkpointing:
             self.plan = replace(plan, gradient_checkpointing=True)
             self.policy.gradient_checkpointing(True)
-            return "activations are formed again in the backward pass"
+            return "activations are formed again in the backward pass instead of kept"
         raise UserError(
             f"memory ran out with 1 row at a time and gradient checkpointing at {self.policy.resolution} px; take a "
             "GPU with more memory, or end what else runs on this one, and run the same command again."

@@ -10,7 +10,8 @@ import sys
 import threading
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run, smoke_settings
+from hubs import last_line
 
 from pso import locks
 from pso.locks import locked
@@ -130,3 +131,18 @@ def test_a_file_that_is_no_lock_of_ours_is_no_holder(path):
     path.write_text("[1, 2")
     with locked(path):
         pass
+
+
+@pytest.mark.parametrize(("module", "file"), [("generate", ".generate.lock"), ("score", ".score.lock")])
+def test_pictures_and_scores_of_a_model_are_made_by_one_process(module, file, tmp_path):
+    here = tmp_path / "smoke" / "preference" / "sdxl_dmd2"
+    with locked(here / file):
+        chosen = ["--model", "sdxl_dmd2", "--task", "preference", "--results", str(tmp_path)]
+        line = last_line(run("python", "-m", f"eval.{module}", *chosen, "--set", smoke_settings()))
+    assert line.startswith(f"{module}: {here} is in use by another process, which holds {file}")
+
+
+def test_several_are_held_together_or_not_at_all(tmp_path, path):
+    with locked(path), pytest.raises(UserError), locked(tmp_path / "a" / ".lock", path):
+        pass
+    assert not list(tmp_path.rglob(".lock"))

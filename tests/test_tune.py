@@ -259,14 +259,6 @@ def test_a_learning_rate_that_blows_up_stops_with_advice_that_works(with_hub):
     assert done.returncode == 0, done.stderr
 
 
-def test_several_processes_are_refused_before_anything_is_written(with_hub):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pso.tune")
-    done = tune(with_hub, "diffusion", program=launcher)
-    assert done.returncode != 0
-    assert "tune: a run was started in 2 processes; expected one process for each run" in done.stderr
-    assert not (with_hub / "smoke" / "preference").exists()
-
-
 def smoke_run(folder: Path, model: dict | None = None, method: dict | None = None) -> Run:
     """A run of pso_offline with changes of its entries."""
     changes = smoke_settings(models={"sdxl_dmd2": model or {}}, methods={"pso_offline": method or {}})
