@@ -31,6 +31,7 @@ TORCH_FREE = [
         f"pso.{name}"
         for name in (
             "campaign",
+            "timeline",
             "checks",
             "estimate",
             "params",
