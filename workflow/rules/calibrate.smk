@@ -15,6 +15,8 @@ rule calibrate:
         f"{BASE}/logs/calibrate.log",
     conda:
         "../../envs/pso-bench.yaml"
+    resources:
+        **needs("calibrate"),
     params:
         view=VIEW,
         code=fingerprint("eval.calibrate"),
@@ -32,6 +34,8 @@ rule calibrate_model:
         f"{BASE}/logs/calibrate-{{task}}-{{model}}.log",
     conda:
         "../../envs/pso-bench.yaml"
+    resources:
+        **needs("calibrate_model"),
     params:
         view=VIEW,
         code=fingerprint("eval.calibrate"),
@@ -50,6 +54,7 @@ rule generate_untuned:
     conda:
         "../../envs/pso-bench.yaml"
     resources:
+        **needs("generate_untuned", "{task} {model}"),
         gpu=1,
     params:
         rows=lambda w: [str(job.images(SCALE)) for job in image_jobs(w, untuned=True)],
@@ -76,6 +81,7 @@ rule score_untuned:
     conda:
         "../../envs/pso-bench.yaml"
     resources:
+        **needs("score_untuned", "{task} {model}"),
         gpu=1,
     params:
         metrics=lambda w: {

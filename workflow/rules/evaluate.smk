@@ -15,6 +15,7 @@ rule generate:
     conda:
         "../../envs/pso-bench.yaml"
     resources:
+        **needs("generate", "{task} {model}"),
         gpu=1,
     params:
         rows=lambda w: [str(job.images(SCALE)) for job in image_jobs(w)],
@@ -41,6 +42,7 @@ rule score:
     conda:
         "../../envs/pso-bench.yaml"
     resources:
+        **needs("score", "{task} {model}"),
         gpu=1,
     params:
         metrics=lambda w: {

@@ -11,6 +11,8 @@ rule table:
         f"{BASE}/logs/{{table}}.log",
     conda:
         "../../envs/pso-bench.yaml"
+    resources:
+        **needs("table"),
     params:
         view=VIEW,
         code=fingerprint("eval.tables"),
@@ -28,6 +30,8 @@ rule diff:
         f"{BASE}/logs/{{table}}.diff.log",
     conda:
         "../../envs/pso-bench.yaml"
+    resources:
+        **needs("diff"),
     params:
         view=VIEW,
         code=fingerprint("eval.compare"),
@@ -45,6 +49,8 @@ rule judge:
         f"{BASE}/logs/claims.log",
     conda:
         "../../envs/pso-bench.yaml"
+    resources:
+        **needs("judge"),
     params:
         view=VIEW,
         claims={name: claim.model_dump() for name, claim in CONFIG.claims.items()},
@@ -62,6 +68,8 @@ rule draw:
         f"{BASE}/logs/figures.log",
     conda:
         "../../envs/pso-bench.yaml"
+    resources:
+        **needs("draw"),
     params:
         view=VIEW,
         code=fingerprint("eval.figures"),
@@ -78,6 +86,8 @@ rule sum_up:
         f"{BASE}/logs/cost.log",
     conda:
         "../../envs/pso-bench.yaml"
+    resources:
+        **needs("sum_up"),
     params:
         view=VIEW,
         code=fingerprint("eval.cost"),
