@@ -30,10 +30,10 @@ START_S = 300.0  # imports, CUDA, building the networks
 READ_GB_S = 0.1  # weights and data from a shared disk, and their sha256
 FETCH_GB_S = 0.03  # a download, or weights drawn at random
 UPDATE_S = 0.2  # of an update, outside the networks: noise by key, optimiser, log, its share of checkpoints
-PICTURE_S = {  # of a picture of 1024 x 1024 px: a VAE that is not compiled takes 0.1 s more than its FLOPs at that rate
-    "latents": 0.2,  # and a JPEG's decoding
-    "preference_model": 0.2,
-    "tune": 0.15,  # and the judge's transform
+PICTURE_S = {  # of a picture of 1024 x 1024 px; a VAE that is not compiled takes 0.07 s more than its FLOPs say
+    "latents": 0.15,  # and a JPEG's decoding
+    "preference_model": 0.12,
+    "tune": 0.12,  # and the judge's transform
     "generate": 0.6,  # a PNG takes 0.15 to 0.56 s of one core (measured on smooth and noisy pictures)
     "score": 0.5,  # every judge's transform, sharpness and spectrum
     "embeddings": 0.05,

@@ -48,14 +48,14 @@ def test_a_run_has_twice_what_the_estimate_counts_and_what_is_beside_it(told, ne
     weights = 6.8 + 0.34 + 5.53 + 3.95  # base, VAE, DMD2's UNet, PickScore
     updates = needs.config.methods["pso_online"].tune.num_updates
     pictures = job["decode"]  # of 1024 px
-    seconds = job["gpu_hours"] * 3600 + 300 + weights / 0.1 + 0.2 * updates + 0.15 * pictures
+    seconds = job["gpu_hours"] * 3600 + 300 + weights / 0.1 + 0.2 * updates + 0.12 * pictures
     assert needs.seconds("tune", "preference sdxl_dmd2 pso_online seed0") == pytest.approx(seconds)
     assert needs.minutes("tune", "preference sdxl_dmd2 pso_online seed0") == math.ceil(2 * seconds / 60)
 
 
 def test_all_limits_together_are_the_estimate_with_what_is_beside_it(told, needs):
     """An independent sum over rules: GPU-hours, pictures by their area, updates, loading."""
-    each = {"latents": 0.2, "preference_model": 0.2, "tune": 0.15, "generate": 0.6, "score": 0.5, "embeddings": 0.05}
+    each = {"latents": 0.15, "preference_model": 0.12, "tune": 0.12, "generate": 0.6, "score": 0.5, "embeddings": 0.05}
     jobs = [job for job in told["jobs"] if job["rule"] in each]
     images = {job["job"]: job["images"] for job in jobs if job["rule"] == "generate"}
     expected = 3600 * sum(job["gpu_hours"] for job in jobs) + 300 * len(jobs)
