@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from tabulate import tabulate
@@ -119,9 +119,8 @@ def state_of(lines: list[dict], whole: bool, each: float | None, now: float) -> 
 def spent(found: list[list[dict]], record: dict | None, until: float | None) -> dict:
     """Hours of GPUs, or of processes without one. until: of a session that goes on."""
     if not found:  # made before there was a timeline
-        cost, hardware = ((record or {}).get(key) for key in ("cost", "hardware"))
-        wall = _number(cost.get("wall_s")) if isinstance(cost, dict) else None
-        return {"hours": (wall or 0.0) / 3600, "gpus": bool(isinstance(hardware, dict) and hardware.get("gpus"))}
+        told = {"cost": {"wall_s": 0.0}, "hardware": {}} if record is None else record
+        return {"hours": told["cost"]["wall_s"] / 3600, "gpus": "gpus" in told["hardware"]}
     hours, gpus = 0.0, 0
     for session in found:
         first, last = session[0], session[-1]
@@ -216,9 +215,9 @@ def pictures(needs: Needs, task: str, model: str, results: Path) -> dict:
 
 def listed_shards(folder: Path) -> dict[tuple, int]:
     """The number of shards of every row that images.json lists, by its job."""
-    entries = (read_json(manifest(folder, "images")) or {}).get("images", [])
-    names = list(Job.__dataclass_fields__)
-    return {tuple(e.get(name) for name in names): len(e.get("shards", [])) for e in entries if isinstance(e, dict)}
+    content = read_json(manifest(folder, "images"))
+    names = [field.name for field in fields(Job)]
+    return {} if content is None else {tuple(e[name] for name in names): len(e["shards"]) for e in content["images"]}
 
 
 def before(needs: Needs, results: Path) -> list[dict]:

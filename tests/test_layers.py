@@ -32,6 +32,7 @@ TORCH_FREE = [
         for name in (
             "campaign",
             "timeline",
+            "progress",
             "resources",
             "checks",
             "estimate",
