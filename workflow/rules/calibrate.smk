@@ -14,7 +14,7 @@ rule calibrate:
     log:
         f"{BASE}/logs/calibrate.log",
     conda:
-        "../../envs/pso-bench.yaml"
+        "../../envs/driver.yaml"
     resources:
         **needs("calibrate"),
     params:
@@ -33,7 +33,7 @@ rule calibrate_model:
     log:
         f"{BASE}/logs/calibrate-{{task}}-{{model}}.log",
     conda:
-        "../../envs/pso-bench.yaml"
+        "../../envs/driver.yaml"
     resources:
         **needs("calibrate_model"),
     params:
@@ -79,7 +79,7 @@ rule score_untuned:
     log:
         f"{BASE}/logs/score_untuned-{{task}}-{{model}}.log",
     conda:
-        "../../envs/pso-bench.yaml"
+        "../../envs/score.yaml"
     resources:
         **needs("score_untuned", "{task} {model}"),
         gpu=1,

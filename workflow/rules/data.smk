@@ -63,7 +63,7 @@ rule leakage:  # which evaluation prompts were trained on
     log:
         f"{BASE}/logs/leakage.log",
     conda:
-        "../../envs/pso-bench.yaml"
+        "../../envs/driver.yaml"
     resources:
         **needs("leakage"),
     params:

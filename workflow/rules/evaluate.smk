@@ -40,7 +40,7 @@ rule score:
     log:
         f"{BASE}/logs/score-{{task}}-{{model}}.log",
     conda:
-        "../../envs/pso-bench.yaml"
+        "../../envs/score.yaml"
     resources:
         **needs("score", "{task} {model}"),
         gpu=1,

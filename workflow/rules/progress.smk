@@ -10,6 +10,6 @@ rule progress:
     log:
         f"{BASE}/logs/progress.log",
     conda:
-        "../../envs/pso-bench.yaml"
+        "../../envs/driver.yaml"
     shell:
         "python -m pso.progress 2>&1 | tee {log}"

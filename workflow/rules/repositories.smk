@@ -25,7 +25,7 @@ if CONFIG.scale_entry.hub == "fetched":
         log:
             f"{BASE}/logs/fetch-{{slug}}.log",
         conda:
-            "../../envs/pso-bench.yaml"
+            "../../envs/driver.yaml"
         resources:
             **needs("fetch", lambda w: ENTRIES[w.slug][0]),
         params:

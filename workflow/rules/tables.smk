@@ -10,7 +10,7 @@ rule table:
     log:
         f"{BASE}/logs/{{table}}.log",
     conda:
-        "../../envs/pso-bench.yaml"
+        "../../envs/driver.yaml"
     resources:
         **needs("table"),
     params:
@@ -29,7 +29,7 @@ rule diff:
     log:
         f"{BASE}/logs/{{table}}.diff.log",
     conda:
-        "../../envs/pso-bench.yaml"
+        "../../envs/driver.yaml"
     resources:
         **needs("diff"),
     params:
@@ -48,7 +48,7 @@ rule judge:
     log:
         f"{BASE}/logs/claims.log",
     conda:
-        "../../envs/pso-bench.yaml"
+        "../../envs/driver.yaml"
     resources:
         **needs("judge"),
     params:
@@ -67,7 +67,7 @@ rule draw:
     log:
         f"{BASE}/logs/figures.log",
     conda:
-        "../../envs/pso-bench.yaml"
+        "../../envs/driver.yaml"
     resources:
         **needs("draw"),
     params:
@@ -85,7 +85,7 @@ rule sum_up:
     log:
         f"{BASE}/logs/cost.log",
     conda:
-        "../../envs/pso-bench.yaml"
+        "../../envs/driver.yaml"
     resources:
         **needs("sum_up"),
     params:
