@@ -5,7 +5,7 @@ PYTHON ?= python3
 CORES ?= 2
 VENV := .venv
 ORACLE := .venv-oracle
-EXPORT := --quiet --frozen --no-hashes --no-emit-project --group dev --no-annotate --no-header
+EXPORT := --quiet --frozen --no-hashes --no-emit-project --no-annotate --no-header
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export OMP_NUM_THREADS := 1
 
@@ -51,7 +51,9 @@ $(VENV)/ready: requirements.lock pyproject.toml
 # (needs uv; torch's own CUDA packages are left to pip, which takes those of the chosen build)
 lock:
 	uv lock --quiet
-	{ uv export $(EXPORT) | grep '^torch=='; uv export $(EXPORT) --prune torch; } > requirements.lock
+	{ uv export $(EXPORT) --group dev | grep '^torch=='; uv export $(EXPORT) --group dev --prune torch; } > requirements.lock
+	{ uv export $(EXPORT) --only-group score | grep '^torch=='; uv export $(EXPORT) --only-group score --prune torch; } > envs/score.txt
+	uv export $(EXPORT) --only-group driver > envs/driver.txt
 	rm uv.lock
 
 clean-env:

@@ -122,7 +122,7 @@ def works(config: Config, kept: float = work.KEPT) -> list[Work]:
         *_caches(config, runs(config)),
         *_embeddings(config, runs(config)),
         *_preference_models(config),
-        *(_tune(config, run, kept) for run in runs(config)),
+        *(tune_work(config, run, kept) for run in runs(config)),
         *_evaluated(config),
     ]
 
@@ -213,7 +213,8 @@ def tuning(config: Config, run: Run, kept: float = work.KEPT) -> Tuning:
     return Tuning(config.models[run.model], method, prompts, judge(config, method.reward), probed, kept)
 
 
-def _tune(config: Config, run: Run, kept: float) -> Work:
+def tune_work(config: Config, run: Run, kept: float = work.KEPT) -> Work:
+    """One run, whether a table asks for it or not."""
     name = f"{run.task} {run.model} {run.method} seed{run.seed}"
     told, method, rank = tuning(config, run, kept), config.methods[run.method], config.models[run.model].lora_rank
     known = work.declared(method.module)

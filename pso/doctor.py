@@ -4,6 +4,7 @@
     python -m pso.doctor --pin                           write every commit that is not fixed yet into hub.lock.json
     python -m pso.doctor --why RUN                       which setting or code has changed since a run was made
     python -m pso.doctor --cost [TABLE ...]              what tables will cost
+    python -m pso.doctor --progress                      how far all runs, images and scores are
 
 Nothing is fetched. The exit code is 0 for go and 1 for no-go.
 """
@@ -229,9 +230,15 @@ def main() -> None:
     parser.add_argument("--gpu-elsewhere", action="store_true", help="the GPUs are on other machines, as of a cluster")
     parser.add_argument("--why", type=Path, metavar="RUN", help="what has changed since this run was made")
     parser.add_argument("--cost", nargs="*", metavar="TABLE", help="what these tables, or all asked for, will cost")
+    parser.add_argument("--progress", action="store_true", help="how far all runs, images and scores are")
     args = parser.parse_args()
     with sentences("doctor"):
         config = from_arguments(args)
+        if args.progress:
+            from pso import progress
+
+            print(progress.text(config, args.results), end="")
+            return
         if args.why is not None:
             from pso import why
 

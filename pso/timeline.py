@@ -6,6 +6,7 @@ killed writes no last line, so a session ends where its last line is.
 
 import contextlib
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -90,4 +91,4 @@ def _ours(entry: dict) -> bool:
     numbers = [entry.get("time"), entry.get("update")]
     if entry.get("event") == "began":
         numbers += [entry.get(name) for name in ("planned", "processes", "gpus", "started")]
-    return entry.get("event") in EVENTS and all(isinstance(n, int | float) for n in numbers)
+    return entry.get("event") in EVENTS and all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)

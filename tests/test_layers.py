@@ -35,6 +35,8 @@ TORCH_FREE = [
         for name in (
             "campaign",
             "timeline",
+            "progress",
+            "resources",
             "checks",
             "estimate",
             "params",

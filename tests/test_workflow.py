@@ -82,7 +82,7 @@ def test_what_loads_a_network_asks_for_the_gpu(rule):
     on (pso/memory.py)."""
     text = "\n".join(path.read_text() for path in (ROOT / "workflow/rules").glob("*.smk"))
     (body,) = re.findall(rf"^rule {rule}:.*?(?=^rule |\Z)", text, re.M | re.S)
-    assert re.search(r"resources:\s+gpu=1,", body)
+    assert re.search(r"resources:\s+(\*\*needs\(.*\),\s+)?gpu=1,", body)
 
 
 def test_what_is_no_default_is_there_when_asked_for(tmp_path):

@@ -14,7 +14,9 @@ rule calibrate:
     log:
         f"{BASE}/logs/calibrate.log",
     conda:
-        "../../envs/pso-bench.yaml"
+        "../../envs/driver.yaml"
+    resources:
+        **needs("calibrate"),
     params:
         view=VIEW,
         code=fingerprint("eval.calibrate"),
@@ -31,7 +33,9 @@ rule calibrate_model:
     log:
         f"{BASE}/logs/calibrate-{{task}}-{{model}}.log",
     conda:
-        "../../envs/pso-bench.yaml"
+        "../../envs/driver.yaml"
+    resources:
+        **needs("calibrate_model"),
     params:
         view=VIEW,
         code=fingerprint("eval.calibrate"),
@@ -50,6 +54,7 @@ rule generate_untuned:
     conda:
         "../../envs/pso-bench.yaml"
     resources:
+        **needs("generate_untuned", "{task} {model}"),
         gpu=1,
     params:
         rows=lambda w: [str(job.images(SCALE)) for job in image_jobs(w, untuned=True)],
@@ -74,8 +79,9 @@ rule score_untuned:
     log:
         f"{BASE}/logs/score_untuned-{{task}}-{{model}}.log",
     conda:
-        "../../envs/pso-bench.yaml"
+        "../../envs/score.yaml"
     resources:
+        **needs("score_untuned", "{task} {model}"),
         gpu=1,
     params:
         metrics=lambda w: {

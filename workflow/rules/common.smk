@@ -7,6 +7,7 @@ from pso.figures import figure_names
 from pso.params import model_params, run_modules, run_params, scorer_params
 from pso.paths import LORA_FILE, manifest, model_dir, reference_file
 from pso.provenance import UserError, fingerprint
+from pso.resources import Needs
 from pso.runs import calibrated, calibrations, jobs, metrics, where_results_lie
 from pso.steps import Steps
 
@@ -25,6 +26,7 @@ BASE = f"results/{SCALE}"
 HUB = f"{BASE}/hub"
 STEPS = Steps(CONFIG)
 GATE = STANDIN.gate if STANDIN else None
+NEEDS = Needs(CONFIG)
 SPM = CONFIG.scale_entry.preference_model
 FIGURES = [f"{BASE}/figures/{name}.png" for name in figure_names(CONFIG)]
 
@@ -67,6 +69,21 @@ VIEWED = {
     "scale_entry": {"caption", "bootstrap_resamples", "eval_seed"},
 }
 VIEW = CONFIG.model_dump(include=VIEWED)
+
+
+# ---- resources
+
+
+def needs(kind, job=""):
+    """Minutes and host memory of a rule; its jobs are named by a text with wildcards, or a function of them."""
+
+    def name(w):
+        return job(w) if callable(job) else job.format(**w)
+
+    return {
+        "runtime": lambda w, attempt: NEEDS.minutes(kind, name(w), attempt),
+        "mem_mb": lambda w, attempt: NEEDS.mem_mb(kind, name(w), attempt),
+    }
 
 
 # ---- inputs

@@ -20,6 +20,7 @@ rule latents:
     conda:
         "../../envs/pso-bench.yaml"
     resources:
+        **needs("latents", "{model} {dataset}"),
         gpu=1,
     params:
         model=lambda w: pair_settings(w.model, w.dataset),
@@ -42,6 +43,7 @@ rule embeddings:  # only for methods that compare pair with pair
     conda:
         "../../envs/pso-bench.yaml"
     resources:
+        **needs("embeddings", "{metric} {dataset}"),
         gpu=1,
     params:
         metric=lambda w: scorer_params(CONFIG, w.metric),
@@ -61,7 +63,9 @@ rule leakage:  # which evaluation prompts were trained on
     log:
         f"{BASE}/logs/leakage.log",
     conda:
-        "../../envs/pso-bench.yaml"
+        "../../envs/driver.yaml"
+    resources:
+        **needs("leakage"),
     params:
         datasets={
             name: CONFIG.datasets[name].model_dump()

@@ -15,6 +15,7 @@ rule generate:
     conda:
         "../../envs/pso-bench.yaml"
     resources:
+        **needs("generate", "{task} {model}"),
         gpu=1,
     params:
         rows=lambda w: [str(job.images(SCALE)) for job in image_jobs(w)],
@@ -39,8 +40,9 @@ rule score:
     log:
         f"{BASE}/logs/score-{{task}}-{{model}}.log",
     conda:
-        "../../envs/pso-bench.yaml"
+        "../../envs/score.yaml"
     resources:
+        **needs("score", "{task} {model}"),
         gpu=1,
     params:
         metrics=lambda w: {

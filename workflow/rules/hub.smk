@@ -15,6 +15,8 @@ rule hub_vae:
         f"{BASE}/logs/hub_vae.log",
     conda:
         "../../envs/pso-bench.yaml"
+    resources:
+        **needs("hub_vae"),
     params:
         settings=hub_settings("vae", "num_images"),
         code=fingerprint("pso.miniature.vae"),
@@ -31,6 +33,8 @@ rule hub_clip:
         f"{BASE}/logs/hub_clip.log",
     conda:
         "../../envs/pso-bench.yaml"
+    resources:
+        **needs("hub_clip"),
     params:
         settings=hub_settings("clip", "num_images"),
         code=fingerprint("pso.miniature.clip"),
@@ -45,6 +49,8 @@ rule hub_data:
         f"{BASE}/logs/hub_data.log",
     conda:
         "../../envs/pso-bench.yaml"
+    resources:
+        **needs("hub_data"),
     params:
         settings=hub_settings("num_pairs", "num_prompts"),
         code=fingerprint("pso.miniature.data"),
@@ -59,6 +65,8 @@ rule hub_style:
         f"{BASE}/logs/hub_style.log",
     conda:
         "../../envs/pso-bench.yaml"
+    resources:
+        **needs("hub_style"),
     params:
         settings=hub_settings("num_style_pictures"),
         code=fingerprint("pso.miniature.style"),
@@ -77,6 +85,8 @@ rule hub_judges:
         f"{BASE}/logs/hub_judges.log",
     conda:
         "../../envs/pso-bench.yaml"
+    resources:
+        **needs("hub_judges"),
     params:
         settings=hub_settings("pick_score", "aesthetic", "num_pairs", "num_images"),
         code=fingerprint("pso.miniature.judges"),
@@ -96,6 +106,8 @@ rule hub_rewards:
         f"{BASE}/logs/hub_rewards.log",
     conda:
         "../../envs/pso-bench.yaml"
+    resources:
+        **needs("hub_rewards"),
     params:
         settings=hub_settings("image_reward", "hps", "num_pairs", "num_images"),
         code=fingerprint("pso.miniature.rewards"),
@@ -113,6 +125,8 @@ rule hub_teacher:
         f"{BASE}/logs/hub_teacher.log",
     conda:
         "../../envs/pso-bench.yaml"
+    resources:
+        **needs("hub_teacher"),
     params:
         settings=hub_settings("teacher", "num_images"),
         code=fingerprint("pso.miniature.teacher"),
@@ -130,6 +144,8 @@ rule hub_dmd2:
         f"{BASE}/logs/hub_dmd2.log",
     conda:
         "../../envs/pso-bench.yaml"
+    resources:
+        **needs("hub_dmd2"),
     params:
         settings=hub_settings("dmd2", "num_images"),
         code=fingerprint("pso.miniature.dmd2"),
@@ -147,6 +163,8 @@ rule hub_lcm:
         f"{BASE}/logs/hub_lcm.log",
     conda:
         "../../envs/pso-bench.yaml"
+    resources:
+        **needs("hub_lcm"),
     params:
         settings=hub_settings("lcm"),
         code=fingerprint("pso.miniature.lcm"),
@@ -164,6 +182,8 @@ rule hub_turbo:
         f"{BASE}/logs/hub_turbo.log",
     conda:
         "../../envs/pso-bench.yaml"
+    resources:
+        **needs("hub_turbo"),
     params:
         settings=hub_settings("turbo"),
         code=fingerprint("pso.miniature.turbo"),
@@ -182,6 +202,8 @@ rule hub_loras:
         f"{BASE}/logs/hub_loras.log",
     conda:
         "../../envs/pso-bench.yaml"
+    resources:
+        **needs("hub_loras"),
     params:
         settings=hub_settings("loras"),
         models={
@@ -200,6 +222,8 @@ rule hub_subjects:
         f"{BASE}/logs/hub_subjects.log",
     conda:
         "../../envs/pso-bench.yaml"
+    resources:
+        **needs("hub_subjects"),
     params:
         settings=hub_settings(),
         code=fingerprint("pso.miniature.subjects"),
@@ -216,6 +240,8 @@ rule hub_likeness:
         f"{BASE}/logs/hub_likeness.log",
     conda:
         "../../envs/pso-bench.yaml"
+    resources:
+        **needs("hub_likeness"),
     params:
         settings=hub_settings("likeness", "num_images"),
         code=fingerprint("pso.miniature.likeness"),
@@ -237,6 +263,8 @@ for name, run in STEPS.published.items():
             f"{BASE}/logs/hub_published_{name}.log",
         conda:
             "../../envs/pso-bench.yaml"
+        resources:
+            **needs("hub_published"),
         params:
             published=run.model_dump(),
             code=fingerprint("pso.miniature.published"),
@@ -255,6 +283,8 @@ rule hub_gate:  # before a student is tuned or shown; a change that makes it run
         f"{BASE}/logs/hub_gate-{{model}}.log",
     conda:
         "../../envs/pso-bench.yaml"
+    resources:
+        **needs("hub_gate"),
     params:
         settings=hub_settings("gate"),
         model=lambda w: model_params(

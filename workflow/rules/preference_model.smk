@@ -14,6 +14,7 @@ rule preference_model:
     conda:
         "../../envs/pso-bench.yaml"
     resources:
+        **needs("preference_model", "{model}"),
         gpu=1,
     params:
         settings=SPM.model_dump() if SPM else None,

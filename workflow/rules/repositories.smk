@@ -25,7 +25,9 @@ if CONFIG.scale_entry.hub == "fetched":
         log:
             f"{BASE}/logs/fetch-{{slug}}.log",
         conda:
-            "../../envs/pso-bench.yaml"
+            "../../envs/driver.yaml"
+        resources:
+            **needs("fetch", lambda w: ENTRIES[w.slug][0]),
         params:
             repo=lambda w: ENTRIES[w.slug][0],
             entry=lambda w: ENTRIES[w.slug][1].model_dump(
@@ -43,6 +45,8 @@ else:
             f"{BASE}/logs/draw_weights-{{slug}}.log",
         conda:
             "../../envs/pso-bench.yaml"
+        resources:
+            **needs("draw_weights", lambda w: ENTRIES[w.slug][0]),
         params:
             repo=lambda w: ENTRIES[w.slug][0],
             settings=CONFIG.scale_entry.random.model_dump(),

@@ -10,7 +10,9 @@ rule table:
     log:
         f"{BASE}/logs/{{table}}.log",
     conda:
-        "../../envs/pso-bench.yaml"
+        "../../envs/driver.yaml"
+    resources:
+        **needs("table"),
     params:
         view=VIEW,
         code=fingerprint("eval.tables"),
@@ -27,7 +29,9 @@ rule diff:
     log:
         f"{BASE}/logs/{{table}}.diff.log",
     conda:
-        "../../envs/pso-bench.yaml"
+        "../../envs/driver.yaml"
+    resources:
+        **needs("diff"),
     params:
         view=VIEW,
         code=fingerprint("eval.compare"),
@@ -44,7 +48,9 @@ rule judge:
     log:
         f"{BASE}/logs/claims.log",
     conda:
-        "../../envs/pso-bench.yaml"
+        "../../envs/driver.yaml"
+    resources:
+        **needs("judge"),
     params:
         view=VIEW,
         claims={name: claim.model_dump() for name, claim in CONFIG.claims.items()},
@@ -61,7 +67,9 @@ rule draw:
     log:
         f"{BASE}/logs/figures.log",
     conda:
-        "../../envs/pso-bench.yaml"
+        "../../envs/driver.yaml"
+    resources:
+        **needs("draw"),
     params:
         view=VIEW,
         code=fingerprint("eval.figures"),
@@ -77,7 +85,9 @@ rule sum_up:
     log:
         f"{BASE}/logs/cost.log",
     conda:
-        "../../envs/pso-bench.yaml"
+        "../../envs/driver.yaml"
+    resources:
+        **needs("sum_up"),
     params:
         view=VIEW,
         code=fingerprint("eval.cost"),

@@ -15,6 +15,7 @@ rule tune:
     conda:
         "../../envs/pso-bench.yaml"
     resources:
+        **needs("tune", "{task} {model} {method} seed{seed}"),
         gpu=1,
     params:
         settings=lambda w: run_params(CONFIG, w.model, w.method),

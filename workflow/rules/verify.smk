@@ -9,6 +9,8 @@ rule verify_scorers:
         "results/logs/verify_scorers.log",
     conda:
         "../../envs/pso-bench.yaml"
+    resources:
+        **needs("verify_scorers"),
     params:
         oracle=lambda w: os.environ.get("PSO_ORACLE", ".venv-oracle/bin/python"),
         code=fingerprint("eval.verify_scorers", "eval.official"),
