@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,16 +49,17 @@ STAGES = {
     "eval.claims": "claims",
 }
 QUOTA = {"tune": 4, "generate": 5, "score": 5, "table": 3, "diff": 3, "claims": 3}  # attempts of a job that are killed
+SHRINKS = 0.8
 TARGETS = ("table1", "claims")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 LONGEST_S = 300  # of anything that is waited for
 
 
-def settings(updates: int = 24) -> dict:
-    """Table 1 with the rows of SDXL-DMD2 that are its model and METHODS; two shards a row and eval set."""
-    left_out = {"missing": "not part of the kill test"}
+def settings(methods: Sequence[str] = METHODS, updates: int = 24, every: int = EVERY) -> dict:
+    """Table 1 with the rows of SDXL-DMD2 that are its model and these methods; two shards a row and eval set."""
+    left_out = {"missing": "not part of this test"}
     table = load({"scale": "smoke"}).table_entries["table1"]
-    kept = ("untuned", *METHODS)
+    kept = ("untuned", *methods)
     rows = {
         name: [
             row.model_dump() | ({} if row.model == "sdxl_dmd2" and row.method in kept else left_out)
@@ -67,12 +68,13 @@ def settings(updates: int = 24) -> dict:
         for name in ("rows", "extra_rows")
     }
     slow = ("hps_v21", "oracle_utility", "oracle_accuracy", "hf_ratio", "texture", "image_reward")
-    tune = {"num_updates": updates, "checkpoint_every": EVERY, "probe_every": updates // 2}
+    tune = {"num_updates": updates, "checkpoint_every": every, "probe_every": updates // 2, "batch_size": 2}
+    few = {"pso_online": {"pairs_per_round": 6}, "spo_transplant": {"prompts_per_round": 2}}
     return {
         "scale": "smoke",
-        "scales": {"smoke": {"eval_batch": 2, "default_tables": ["table1"]}},
-        "methods": {name: {"tune": tune} for name in METHODS},
-        "datasets": {name: {"num_seeds": 3} for name in table.eval_sets},
+        "scales": {"smoke": {"eval_batch": 1, "default_tables": ["table1"]}},
+        "methods": {name: {"tune": tune, "objective": few.get(name, {})} for name in methods},
+        "datasets": {name: {"num_seeds": 2} for name in table.eval_sets},
         "tables": {"table1": rows | {"missing_metrics": dict.fromkeys(slow, left_out["missing"])}},
     }
 
@@ -94,7 +96,8 @@ class Plan:
         if attempt > self.quota[job.split()[0]]:
             return None
         drawn = random.Random(f"{self.seed}/{self.workflow}/{job}/{attempt}")
-        return drawn.uniform(0, self.durations[job]), drawn.choice(SIGNALS)
+        left = SHRINKS ** (attempt - 1)  # a job that goes on has less to do
+        return drawn.uniform(0, left * self.durations[job]), drawn.choice(SIGNALS)
 
     def kill_snakemake(self) -> tuple[float, signal.Signals, bool]:
         """The same of Snakemake itself, and whether its jobs are killed with it, as when a node dies."""
@@ -271,19 +274,21 @@ def run_workflow(work: Path, watch: Watch, environment: dict, cores: int) -> Non
     watch.wait_for_jobs()
 
 
-def prepare(work: Path, hub: Path | None) -> Path:
+def prepare(work: Path, hub: Path | None, asked: dict) -> Path:
     """A results/smoke of its own with the hub and caches of another, or none yet."""
     base = work / "results" / "smoke"
     base.mkdir(parents=True)
     for name in ("hub", "cache") if hub else ():
         (base / name).symlink_to(hub / name, target_is_directory=True)
-    (work / "settings.json").write_text(json.dumps(settings()))
+    (work / "settings.json").write_text(json.dumps(asked))
     return base
 
 
-def whole_run(work: Path, hub: Path | None, cores: int, python: str | None, plan=None, most: int = 0) -> Watch:
-    """The workflow from nothing but a hub, killed as planned."""
-    watch = Watch(prepare(work, hub), plan, most)
+def whole_run(
+    work: Path, hub: Path | None, asked: dict, cores: int, python: str | None, plan: Plan | None = None, most: int = 0
+) -> Watch:
+    """The workflow from nothing but a hub, with settings as asked, killed as planned."""
+    watch = Watch(prepare(work, hub, asked), plan, most)
     with tempfile.TemporaryDirectory(prefix="pso") as folder, watch.listening(Path(folder), python) as environment:
         began = time.monotonic()
         run_workflow(work, watch, environment, cores)
@@ -332,13 +337,14 @@ class Tally:
 
 def campaign(folder: Path, kills: int, seed: int, cores: int, python: str | None) -> dict:
     """Workflow after workflow until there were so many kills."""
-    first = whole_run(folder / "hub", None, cores, python)  # makes the hub
-    control = whole_run(folder / "undisturbed", first.base, cores, python)
+    asked = settings()
+    first = whole_run(folder / "hub", None, asked, cores, python)  # makes the hub
+    control = whole_run(folder / "undisturbed", first.base, asked, cores, python)
     tally = Tally()
     alike = differing(first.base, control.base)
     while len(tally.kills) < kills:
         plan, work = Plan(seed, tally.workflows, control.durations), folder / f"workflow{tally.workflows}"
-        watch = whole_run(work, first.base, cores, python, plan, kills - len(tally.kills))
+        watch = whole_run(work, first.base, asked, cores, python, plan, kills - len(tally.kills))
         tally.add(watch, control.base)
         told = tally.told()
         print(f"workflow {tally.workflows}: {told['kills']} kills, {told['differing']} files differ, "

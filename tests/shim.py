@@ -17,9 +17,9 @@ def told(pid: int) -> None:
         starts.sendto(json.dumps({"pid": pid, "argv": sys.argv[1:]}).encode(), os.environ["SHIM_STARTS"])
 
 
-def hand_over(warm: str, argv: list[str], environment: dict[str, str], files: list[int]) -> socket.socket:
+def hand_over(warm: str, argv: list[str], folder, environment: dict[str, str], files: list[int]) -> socket.socket:
     """A job for the warm process; its answers are the job's process id and, when it has ended, its wait status."""
-    content = json.dumps({"argv": argv, "cwd": os.getcwd(), "env": environment}).encode()
+    content = json.dumps({"argv": argv, "cwd": str(folder), "env": environment}).encode()
     line = socket.socket(socket.AF_UNIX)
     line.connect(warm)
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))]
@@ -33,7 +33,7 @@ def main() -> None:
     if not warm or argv[:1] != ["-m"]:
         told(os.getpid())
         os.execv(os.environ["SHIM_PYTHON"], [os.environ["SHIM_PYTHON"], *argv])
-    with hand_over(warm, argv[1:], dict(os.environ), [0, 1, 2]) as line, line.makefile() as answers:
+    with hand_over(warm, argv[1:], os.getcwd(), dict(os.environ), [0, 1, 2]) as line, line.makefile() as answers:
         told(int(answers.readline()))
         status = int(answers.readline())
     if os.WIFSIGNALED(status):

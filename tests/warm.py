@@ -5,6 +5,7 @@ names as `python -m` does, and ends as Python ends. Only the imports are shared.
 """
 
 import contextlib
+import ctypes
 import importlib
 import json
 import os
@@ -18,6 +19,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from shim import hand_over
 
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTED = (  # what jobs import, and no job's own module, which is run anew each time
@@ -104,10 +107,23 @@ def become(job: dict) -> None:
     os.environ.clear()
     os.environ.update(job["env"])
     sys.argv = job["argv"]
+    if "FAULTS_FOLDER" in os.environ:  # tests/faults.c, preloaded
+        ctypes.CDLL(None).faults_arm()
     runpy.run_module(job["argv"][0], run_name="__main__", alter_sys=True)
 
 
 # ---- for tests ----
+
+
+def run(python: str, argv: list[str], work: Path, **environment: str) -> tuple[int, str]:
+    """Exit code of a job (as of subprocess) and what it printed."""
+    with tempfile.TemporaryFile() as said, open(os.devnull) as nothing:
+        files = [nothing.fileno(), said.fileno(), said.fileno()]
+        with hand_over(python, argv, work, {**os.environ, **environment}, files) as line, line.makefile() as answers:
+            answers.readline()
+            status = int(answers.readline())
+        said.seek(0)
+        return os.waitstatus_to_exitcode(status), said.read().decode()
 
 
 @contextlib.contextmanager
