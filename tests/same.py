@@ -7,7 +7,7 @@ from pathlib import Path
 SHARED = ("hub", "cache")  # by the folders that are compared
 FREE = ("tune.log", "timeline.jsonl")  # what was said and when, the interruptions included
 COSTS = ("cost", "resumed_at")  # of a record: seconds, memory, images made and kept; where a run went on
-UNFINISHED = re.compile(r"\.part$|\.gone$|\.tmp$|\.lock$|^\.?state")
+UNFINISHED = re.compile(r"\.part$|\.tmp$|\.lock$|^\.?state")
 
 
 def made(base: Path, shared: tuple[str, ...] = SHARED) -> list[Path]:
