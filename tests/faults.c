@@ -98,7 +98,7 @@ static int by_file(const char *name, int file, int sized, int needs_room) {
     return verdict(name, path, sized, needs_room);
 }
 
-#define FAIL_IF(found) do { int number = (found); if (number) { errno = number; return -1; } } while (0)
+#define FAIL_IF(found) do { int failed = (found); if (failed) { errno = failed; return -1; } } while (0)
 
 /* ---- what writes ---- */
 

@@ -52,6 +52,7 @@ def serve(path: str) -> dict:
         os.rename(f"{path}.new", path)
         selector.register(server, selectors.EVENT_READ)
         selector.register(readable, selectors.EVENT_READ)
+        selector.register(sys.stdin, selectors.EVENT_READ)  # at its end whoever started this is gone
         while True:
             for key, _ in selector.select():
                 if key.fileobj is server:
@@ -69,6 +70,8 @@ def serve(path: str) -> dict:
                         os.close(file)
                     waiting[pid] = line
                     answer(line, pid)
+                elif key.fileobj is sys.stdin:
+                    sys.exit()
                 else:
                     with contextlib.suppress(BlockingIOError):
                         os.read(readable, 4096)
@@ -132,7 +135,8 @@ def warm(**environment: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="pso") as folder:
         path = Path(folder) / "warm"
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        process = subprocess.Popen([sys.executable, __file__, str(path)], env=env | environment, cwd=ROOT)
+        command = [sys.executable, __file__, str(path)]
+        process = subprocess.Popen(command, env=env | environment, cwd=ROOT, stdin=subprocess.PIPE)
         try:
             deadline = time.monotonic() + 120
             while not path.exists():
@@ -141,7 +145,7 @@ def warm(**environment: str) -> Iterator[str]:
                 time.sleep(0.05)
             yield str(path)
         finally:
-            process.kill()
+            process.stdin.close()
             process.wait()
 
 
