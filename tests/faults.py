@@ -172,7 +172,8 @@ def problems(jobs: Jobs, stage: Stage, work: Path, call: int, kind: str) -> list
 
 
 def different(work: Path, stage: Stage) -> list[str]:
-    return differing(base_of(work), base_of(stage.after), SHARED) + unfinished(base_of(work))
+    here, there = base_of(work), base_of(stage.after)
+    return differing(here, there, SHARED) + [name for name in unfinished(here) if name not in unfinished(there)]
 
 
 def one(jobs: Jobs, stage: Stage, folder: Path, case: tuple[int, str]) -> list[str]:
@@ -210,6 +211,7 @@ def inject(python: str, folder: Path, hub: Path, names: list[str], each: int | N
         with ThreadPoolExecutor(cores) as pool:
             for found in pool.map(functools.partial(one, jobs, stage, folder), cases):
                 result.problems += found
+                print(*found, sep="\n", end="\n" if found else "", flush=True)
         print(f"{stage.job}: {len(stage.calls)} calls, {len(cases)} faults, {time.monotonic() - began:.0f} s, "
               f"{len(result.problems)} problems so far", flush=True)  # fmt: skip
     return result
