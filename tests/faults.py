@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kills import ROOT, settings, whole_run
+from kills import ROOT, SLOW, settings, whole_run
 from same import content, differing, made, unfinished
 from warm import run, warm
 
@@ -32,6 +32,7 @@ from pso.checkpoint import NotWhole, _read
 from pso.provenance import code_state, versions, write_json
 
 KINDS = ("enospc", "eio", "short", "partial")
+UNSIZED = ("enospc", "eio")
 SIZED = ("write", "pwrite", "writev", "fwrite")  # calls that can be short
 MODEL = ("--model", "sdxl_dmd2")
 JOBS = {
@@ -45,6 +46,8 @@ JOBS = {
     "figures": ("eval.figures",),
     "cost": ("eval.cost",),
 }
+ASKED = settings(("pso_online",), 4, 2, 1, (*SLOW, "aesthetic_score", "diversity", "sharpness_ratio"))
+FEW = 40  # calls of a job that all fail in every way; of one with more each fails in one
 OLD = b"of before\n"  # what a file held that the job writes anew
 SHARED = ("hub",)
 
@@ -75,9 +78,13 @@ class Stage:
         here = set(made(base_of(self.before), SHARED))
         return [path for path in made(base_of(self.after), SHARED) if path not in here]
 
-    def kinds(self, call: int) -> list[str]:
-        sized = self.calls[call - 1].split()[0] in SIZED
-        return [kind for kind in KINDS if sized or kind in ("enospc", "eio")]
+    def cases(self, drawn: random.Random) -> list[tuple[int, str]]:
+        """Every call, counted from 1, with every way in which it can fail, or one of them where calls are many."""
+        found = []
+        for number, call in enumerate(self.calls, 1):
+            kinds = KINDS if call.split()[0] in SIZED else UNSIZED
+            found += [(number, kind) for kind in (kinds if len(self.calls) <= FEW else [drawn.choice(kinds)])]
+        return found
 
 
 def base_of(work: Path) -> Path:
@@ -199,11 +206,11 @@ class Result:
 
 
 def inject(python: str, folder: Path, hub: Path, names: list[str], each: int | None, seed: int, cores: int) -> Result:
-    """Faults in so many calls of each of these jobs, in all if None; the calls drawn by the seed."""
-    jobs, result = Jobs(python, settings(("pso_online",), 4, 2)), Result()
+    """Faults in so many calls of each of these jobs, in all if None; calls and kinds drawn by the seed."""
+    jobs, result = Jobs(python, ASKED), Result()
     for stage in jobs.stages(folder, hub, names):
         drawn = random.Random(f"{seed}/{stage.job}")
-        cases = [(call, kind) for call in range(1, len(stage.calls) + 1) for kind in stage.kinds(call)]
+        cases = stage.cases(drawn)
         cases = cases if each is None else drawn.sample(cases, min(each, len(cases)))
         result.calls[stage.job] = dict(Counter(call.split()[0] for call in stage.calls))
         result.cases[stage.job] = len(cases)
@@ -231,7 +238,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="pso") as name, contextlib.ExitStack() as stack:
         folder = Path(name).resolve()
         python = stack.enter_context(warm(LD_PRELOAD=str(library(folder))))
-        hub = args.hub or whole_run(folder / "hub", None, settings(("pso_online",), 4, 2), args.cores, python).base
+        hub = args.hub or whole_run(folder / "hub", None, ASKED, args.cores, python).base
         each = None if args.all else args.each
         found = inject(python, folder, hub.resolve(), args.jobs, each, args.seed, args.cores)
     told = {"calls": found.calls, "faults": found.cases, "problems": found.problems, "kinds": KINDS, "seed": args.seed}
