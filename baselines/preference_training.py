@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from baselines import preference_model as spm
 from eval.clip_model import ClipScorer
+from pso import state_dicts
 from pso.caches import PairCache, at_once
 from pso.config import ConfigError, add_arguments, from_arguments
 from pso.entries import Config, PreferenceModelFit
@@ -207,7 +207,7 @@ def train(config: Config, model_name: str, hub: Hub, results: Path) -> dict:
     about = {"times": model.times, "layers": fit.layers, "agreement": found}
     path = hub.root / spm.REPOSITORY / file_name(model_name)
     with atomic(path) as part:
-        save_file({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, part, {"spm": json.dumps(about)})
+        state_dicts.write(part, {k: v.cpu() for k, v in model.state_dict().items()}, {"spm": json.dumps(about)})
     log.info("%s", ", ".join(f"t = {t}: {v['verdict']}" for t, v in found.items()))
     ties = (spm.labels(pairs.clean) == 0.5).float().mean().item()
     return {**about, "pairs": len(pairs.clean), "ties": round(ties, 4), "unet_forwards": policy.unet_forwards}

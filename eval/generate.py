@@ -14,6 +14,7 @@ import io
 import json
 import logging
 import math
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ from pso.entries import Config, DatasetEntry
 from pso.hub import Hub, hub_dir
 from pso.locks import locked
 from pso.models import chain_for, load_policy
-from pso.paths import RESULTS, manifest, model_dir, root_of, scale_dir
+from pso.paths import RESULTS, finished_state, manifest, model_dir, root_of, scale_dir
 from pso.policy import Policy, to_images
 from pso.provenance import Meter, UserError, atomic, digest, fingerprint, record, sentences, sha256_of, write_json
 from pso.rollout import rollout
@@ -216,6 +217,7 @@ def generate_jobs(config: Config, model: str, results: Path, wanted_jobs: list[J
     began = time.monotonic()
     for number, job in enumerate(wanted_jobs, 1):
         shards = generator.run(job)
+        shutil.rmtree(finished_state(job.folder(config.scale, results)), ignore_errors=True)
         found.setdefault(root_of(job.task), []).append({**asdict(job), "shards": shards})
         left = (time.monotonic() - began) / number * (len(wanted_jobs) - number)
         log.info("%d/%d %s %s seed%d  left %d:%02d", number, len(wanted_jobs), job.method, job.eval_set, job.seed,

@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from pso import state_dicts
 from pso.config import ConfigError, add_arguments, from_arguments
 from pso.data import Prompt, load_prompts, parse_image
 from pso.entries import Config, DatasetEntry, ModelEntry
@@ -264,7 +265,7 @@ def keep(path: Path, tensors: dict[str, Tensor], about: dict, made_from: dict, t
     except (OSError, ValueError, KeyError):
         before = None
     with atomic(path) as part:
-        save_file(tensors, part, {"parts": digest(about.get("parts"))})
+        state_dicts.write(part, tensors, {"parts": digest(about.get("parts"))})
     write_json(tell, {**about, **told, "made_from": found, "sha256": sha256_of(path)})
     if before is not None:
         os.utime(path, ns=(before, before))

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from pso.paths import finished_state
 from pso.policy import Policy
 from pso.provenance import Meter, UserError, digest, sha256_of
 
@@ -83,7 +84,7 @@ class Checkpoints:
 
     def restore(self, policy: Policy, optimizer, source) -> int:
         """Load the newest checkpoint that is whole; its update, or 0 if there is none."""
-        shutil.rmtree(self._gone, ignore_errors=True)
+        self._take_back()
         found = self._all()
         for folder in reversed(found):
             try:
@@ -113,16 +114,31 @@ class Checkpoints:
                 "or put back what differs and run the same command again."
             )
 
-    @property
-    def _gone(self) -> Path:
-        return self.folder.with_name(f".{self.folder.name}.gone")
-
-    def remove(self) -> None:
-        """At the end of the run. Renamed first: a kill in between must not leave a part that looks like a state."""
-        shutil.rmtree(self._gone, ignore_errors=True)
+    def finish(self) -> None:
+        """At the end of the run: out of the way, but there until the run's images are made. A workflow deletes the
+        results of a job that was killed before it saw its end, and the run goes on from here then."""
+        shutil.rmtree(self._done, ignore_errors=True)
         if self.folder.exists():
-            os.replace(self.folder, self._gone)
-            shutil.rmtree(self._gone, ignore_errors=True)
+            os.replace(self.folder, self._done)
+
+    def _take_back(self) -> None:
+        """What a run of the same had finished with."""
+        if not self._done.exists():
+            return
+        try:
+            same = (
+                not self.folder.exists() and _read(max(self._done.glob("update[0-9]*")))["made_from"] == self.made_from
+            )
+        except ValueError:  # nothing whole in it
+            same = False
+        if same:
+            os.replace(self._done, self.folder)
+        else:
+            shutil.rmtree(self._done, ignore_errors=True)
+
+    @property
+    def _done(self) -> Path:
+        return finished_state(self.folder.parent)
 
 
 def _tensors(state: dict[str, Tensor]) -> bytes:

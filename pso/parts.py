@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from pso import state_dicts
 from pso.provenance import UserError, atomic, digest
 from pso.visits import Plan, kept_pairs
 
@@ -60,7 +60,7 @@ def write_part(path: Path, made_from: str, rows: np.ndarray, tensors: dict[str, 
     content = _content(made_from, rows, sums)
     found = {"row": torch.tensor(rows), **{name: value.contiguous() for name, value in tensors.items()}, **sums}
     with atomic(path) as part:
-        save_file(found, part, {"told": json.dumps({"made_from": made_from, "content": content})})
+        state_dicts.write(part, found, {"told": json.dumps({"made_from": made_from, "content": content})})
     return content
 
 

@@ -39,6 +39,11 @@ def run_dir(scale: str, task: str, model: str, method: str, seed: int, results: 
     return model_dir(scale, task, model, results) / method / f"seed{seed}"
 
 
+def finished_state(run: Path) -> Path:
+    """Checkpoints of a finished run, until the workflow has seen its end and makes its images."""
+    return run / ".state.done"
+
+
 def manifest(folder: Path, what: str, untuned: bool = False) -> Path:
     """images.json or scores.json of a model_dir; `untuned`: of its untuned rows alone."""
     return folder / f"{'untuned_' if untuned else ''}{what}.json"

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
+from pso import state_dicts
 from pso.mdp import Chain
 from pso.paths import LORA_FILE
 from pso.provenance import UserError, atomic
@@ -216,8 +217,9 @@ class Policy:
         """
         with atomic(Path(folder) / LORA_FILE) as part:
             StableDiffusionXLPipeline.save_lora_weights(
-                str(part.parent), unet_lora_layers=self.lora_state(), weight_name=part.name
-            )
+                str(part.parent), unet_lora_layers=self.lora_state(), weight_name=part.name,
+                save_function=lambda state, path: state_dicts.write(path, state, {"format": "pt"}),
+            )  # fmt: skip
 
     def load_lora(self, folder: Path) -> None:
         """Through the pipeline's own door, as any user of the file; every tensor of it must arrive."""

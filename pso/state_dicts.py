@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 NOT_A_STATE_DICT = (
@@ -54,6 +55,11 @@ def _refused(path: Path, error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):
         return f"{path} is not a file of tensors alone: it is cut off, or a pickle of something else"
     return f"{path} is not a file of tensors alone: {next(iter(said.splitlines()), type(error).__name__)}"
+
+
+def write(path: Path, found: Mapping[str, Tensor], told: dict[str, str] | None = None) -> None:
+    """As safetensors, into this very file: its own save_file writes another one beside it, which a kill would leave."""
+    Path(path).write_bytes(save({name: value.contiguous() for name, value in found.items()}, told))
 
 
 def read(path: Path, entry: str | None = None) -> dict[str, Tensor]:

@@ -177,7 +177,7 @@ def tune(run: Run, ranks: Ranks) -> None:
     write_json(run.folder / "run.json", record("tune", settings, inputs, meter, **about))
     with atomic(run.folder / "config.yaml") as part:
         part.write_text(yaml.safe_dump(settings, sort_keys=False))
-    checkpoints.remove()
+    checkpoints.finish()
     timeline.ended(tuning.num_updates)
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 import toy
 
-from pso import checkpoint
 from pso.checkpoint import Checkpoints
 from pso.journal import Journal
+from pso.paths import finished_state
 from pso.provenance import Meter, UserError
 
 MADE_FROM = {"settings": {"beta": 5.0}, "weights and data": [{"file": "x", "sha256": "0"}], "code": "abc"}
@@ -151,29 +151,38 @@ def test_the_cost_of_the_sessions_before_is_added(folder):
     assert cost["wall_s"] >= 1000 and cost["cpu_s"] >= 900 and cost["unet_forwards"] == 42
 
 
-def test_a_kill_while_the_state_is_removed_leaves_nothing_to_continue_from(folder, monkeypatch):
-    session = Session(folder)
-    session.train(3, 6)
-
-    def killed(path, **_):
-        if path.exists():
-            (path / "update0000003" / "optimizer.pt").unlink()
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
-    with pytest.raises(KeyboardInterrupt):
-        session.checkpoints.remove()
-    monkeypatch.undo()
-    assert not folder.exists()
-    assert Session(folder).restore().start == 0 and list(folder.parent.iterdir()) == []
-
-
 def test_a_finished_run_has_no_state(folder):
     session = Session(folder)
-    session.checkpoints.remove()  # nothing was saved: nothing to do
-    session.train(3)
-    session.checkpoints.remove()
+    session.checkpoints.finish()  # nothing was saved: nothing to do
     assert list(folder.parent.iterdir()) == []
+    session.train(3)
+    session.checkpoints.finish()
+    assert list(folder.parent.iterdir()) == [finished_state(folder.parent)]
+
+
+def test_a_run_that_is_made_again_after_its_end_goes_on_from_its_last_checkpoint(folder):
+    """Killed between its end and the workflow's seeing it, which then deletes its results."""
+    first = Session(folder)
+    loras = first.train(3, 6)
+    first.checkpoints.finish()
+    again = Session(folder).restore()
+    assert again.start == 6 and torch.equal(again.lora(), loras[6]) and again.checkpoints.resumed_at == [6]
+    again.checkpoints.finish()
+    assert list(folder.parent.iterdir()) == [finished_state(folder.parent)]
+
+
+@pytest.mark.parametrize("what", ["made from other settings", "half removed", "older than the state"])
+def test_what_a_finished_run_left_is_removed_where_it_is_of_no_use(folder, what):
+    first = Session(folder, **({"settings": 1} if what == "made from other settings" else {}))
+    first.train(3, 6)
+    first.checkpoints.finish()
+    if what == "half removed":
+        shutil.rmtree(finished_state(folder.parent) / "update0000006")
+        damage(finished_state(folder.parent) / "update0000003" / "optimizer.pt", "missing")
+    if what == "older than the state":
+        Session(folder).train(1)
+    assert Session(folder).restore().start == (1 if what == "older than the state" else 0)
+    assert not finished_state(folder.parent).exists()
 
 
 def test_what_a_kill_left_of_a_save_does_not_count(folder):

@@ -12,7 +12,7 @@ from pso.entries import Config
 from pso.hub import Hub
 from pso.miniature.common import job, log
 from pso.models import load_policy
-from pso.paths import LORA_FILE, run_dir
+from pso.paths import LORA_FILE, finished_state, run_dir
 from pso.policy import ADAPTER
 from pso.provenance import UserError, atomic
 from pso.standin_entries import Published
@@ -35,6 +35,7 @@ def publish(config: Config, hub: Hub, name: str) -> dict:
             shutil.copyfile(lora, part)
     else:
         save_unet(config, hub, entry, lora)
+    shutil.rmtree(finished_state(run), ignore_errors=True)
     log.info("saved %s", entry.repo)
     return {"run": str(run.relative_to(hub.root.parent))}
 
