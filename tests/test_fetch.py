@@ -236,7 +236,7 @@ def test_a_commit_that_another_writes_while_we_ask_holds_for_us(hub, paper, tmp_
 @pytest.mark.parametrize("revision", ["main", "v1.0", "", "27A8642"])
 def test_a_branch_or_tag_is_no_revision(tmp_path, revision):
     repositories = {"tianweiy/DMD2": {"revision": revision}}
-    with pytest.raises(UserError, match=r"^repositories\.tianweiy/DMD2\.revision is "):
+    with pytest.raises(UserError, match=r"^repositories\.tianweiy/DMD2\.revision is .*; expected a commit, 7 to 40"):
         load({"scale": "paper", "repositories": repositories})
     (tmp_path / "hub.lock.json").write_text(json.dumps({"a/b": {"revision": revision}}))
     with pytest.raises(UserError, match="is not a lock file"):
