@@ -244,7 +244,7 @@ def main() -> None:
         if args.why is not None:
             from pso import why
 
-            print(why.text(config, args.why))
+            print(why.text(config, args.why, args.results))
             return
         if args.cost is not None:
             from pso import estimate

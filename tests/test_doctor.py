@@ -297,12 +297,13 @@ def test_random_weights_need_the_published_sizes(paper):
 
 @pytest.mark.parametrize(
     ("arguments", "module", "said"),
-    [(["--why", "results/a/run"], "why", "why of results/a/run"), (["--cost"], "estimate", "cost of []"),
+    [(["--why", "results/a/run"], "why", "why of results/a/run in results"), (["--cost"], "estimate", "cost of []"),
+     (["--why", "here/a/run", "--results", "here"], "why", "why of here/a/run in here"),
      (["--cost", "table1", "table2"], "estimate", "cost of ['table1', 'table2']")],
 )  # fmt: skip
 def test_why_and_cost_are_asked_of_their_modules(hub, capsys, monkeypatch, arguments, module, said):
     word = "why" if module == "why" else "cost"
-    found = SimpleNamespace(text=lambda config, what: f"{word} of {what}")
+    found = SimpleNamespace(text=lambda config, what, *root: " in ".join(map(str, [f"{word} of {what}", *root])))
     monkeypatch.setitem(sys.modules, f"pso.{module}", found)
     monkeypatch.setattr(pso, module, found, raising=False)
     monkeypatch.setattr(sys, "argv", ["doctor", *arguments])
