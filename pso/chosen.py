@@ -25,6 +25,8 @@ def chosen(repository: Repository, snapshot: Snapshot) -> list[File]:
         if better is not None and fits.get(better):
             fits[glob] = []
         elif not found and not _has_alternative(glob, fits):
+            if not snapshot.whole:
+                raise repository.offline(glob)
             raise UserError(
                 f"{repository.name} has no file {glob} at commit {snapshot.commit[:7]}; correct "
                 f"repositories.{repository.name}.files or .revision."

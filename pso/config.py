@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pso.checks import ROOT, SCHEMA_DIR, ConfigError, check_entries, shown, unknown_key
-from pso.entries import ENTRIES, TOP_LEVEL, Config, ScaleEntry
+from pso.entries import COMMIT, ENTRIES, TOP_LEVEL, Config, ScaleEntry
 from pso.provenance import UserError
 
 CONFIG_DIR = ROOT / "workflow" / "config"
@@ -37,10 +37,12 @@ EXPECTED = {  # pydantic's error types -> what was expected, for people
     "greater_than": "a number above {gt}",
     "greater_than_equal": "a number of at least {ge}",
     "less_than": "a number below {lt}",
+    "less_than_equal": "a number of at most {le}",
     "finite_number": "a finite number",
     "literal_error": "{expected}",
-    "string_pattern_mismatch": "a name in small letters, digits and _",
 }
+PATTERNS = {COMMIT: "a commit, 7 to 40 of the digits 0-9 and a-f"}
+A_NAME = "a name in small letters, digits and _"
 
 
 def _known_keys(model: type[BaseModel] | None) -> list[str]:
@@ -59,7 +61,10 @@ def sentence(error: ValidationError, path: str, model: type[BaseModel]) -> Confi
         return unknown_key(".".join([path, *map(str, first["loc"][:-1])]), str(first["loc"][-1]), _known_keys(inner))
     if kind == "missing":
         return ConfigError(f"{where} is missing; it is needed.")
-    expected = EXPECTED.get(kind, first["msg"]).format(**first.get("ctx", {}))
+    if kind == "string_pattern_mismatch":
+        expected = PATTERNS.get(first["ctx"]["pattern"], A_NAME)
+    else:
+        expected = EXPECTED[kind].format(**first.get("ctx", {})) if kind in EXPECTED else first["msg"]
     extra = ""
     if kind in ("float_type", "int_type") and isinstance(value, str):
         with contextlib.suppress(ValueError):

@@ -27,7 +27,7 @@ from pso.config import add_arguments, from_arguments
 from pso.download import cached, missing_bytes
 from pso.entries import Config
 from pso.estimate import disk_gb
-from pso.hub import hub_dir
+from pso.hub import again, hub_dir, lost_files
 from pso.lockfile import LOCK, write_once
 from pso.machine import Finding, disk, gpus, own_data, packages
 from pso.paths import RESULTS, scale_dir
@@ -85,14 +85,23 @@ def look(config: Config, name: str, needs: list[str], lock: Path = LOCK, results
 
 
 def _check_step(repository: Repository, snapshot: Snapshot, results: Path) -> None:
-    """Snakemake makes a step anew when the entry changes, but does not see a change of the lock file."""
-    step = hub_dir(repository.config.scale, results) / "repositories" / f"{slug(repository.name)}.json"
-    made = json.loads(step.read_text())["revision"] if step.is_file() else snapshot.commit
-    if made != snapshot.commit:
+    """Snakemake makes a step anew when the entry changes, but sees neither the lock file nor the cache."""
+    name, hub = repository.name, hub_dir(repository.config.scale, results)
+    step = hub / "repositories" / f"{slug(name)}.json"
+    if not step.is_file():
+        return
+    told, command = json.loads(step.read_text()), again("fetch", name, repository.config.scale)
+    if (made := told["revision"]) != snapshot.commit:
         raise Refusal(
             "fetched at another commit",
-            f"{repository.name} was fetched at commit {made[:7]} and is now to be {snapshot.commit[:7]}; remove {step} "
-            "to make anew what comes of it, or write the former commit into the entry's revision.",
+            f"{name} was fetched at commit {made[:7]} and is now to be {snapshot.commit[:7]}; {command} fetches it, "
+            "and the workflow then makes anew what comes of it, or write the former commit into the entry's revision.",
+        )
+    if lost := lost_files(told, hub / name):
+        raise Refusal(
+            "fetched, then lost",
+            f"{name} was fetched and has no {lost[0]} any more ({len(lost)} of {len(told['files'])} files are gone); "
+            f"{command} puts them there again.",
         )
 
 
@@ -242,7 +251,7 @@ def main() -> None:
         if args.why is not None:
             from pso import why
 
-            print(why.text(config, args.why))
+            print(why.text(config, args.why, args.results))
             return
         if args.cost is not None:
             from pso import estimate

@@ -23,6 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import WeakFileLock, hf_raise_for_status
 
 from pso import remote
+from pso.config import users_offline
 from pso.provenance import UserError
 from pso.remote import LONGEST_WAIT, TRIES, File, Refusal, Repository, Snapshot, passing, wait_before
 
@@ -136,6 +137,8 @@ class _Download:
         attempt, longest, error = 0, -1, None
         part.touch()
         while (size := part.stat().st_size) < self.file.size:
+            if users_offline():
+                raise self.repository.offline(self.file.path)
             attempt = 0 if size > longest else attempt + 1
             if attempt:
                 self.wait_or_give_up(attempt, size, error)

@@ -33,12 +33,24 @@ def _name(repo: str) -> str:
     return Path(repo).resolve().name if is_outside(repo) else repo
 
 
+def lost_files(step: dict, folder: Path) -> list[str]:
+    """Files that a step file tells of and that its repository's folder has no more."""
+    return [told["file"] for told in step["files"] if not (folder / told["file"]).is_file()]
+
+
+def again(job: str, repo: str, scale: str) -> str:
+    """The command that makes a step anew. Removing its file would not: Snakemake misses nothing whose results are
+    there."""
+    return f"""`python -m pso.{job} --repo {repo} --set '{{"scale": "{scale}"}}'`"""
+
+
 class Hub:
     """Looks up files and remembers what was used, for run.json."""
 
     def __init__(self, root: Path, command: str = "snakemake hub"):
         self.root, self.command = Path(root), command
         self.used: dict[tuple[str, str], Path] = {}
+        self._whole: set[str] = set()  # repositories whose fetched files are all there
 
     def repo(self, repo: str) -> Path:
         """The folder of a repository."""
@@ -47,7 +59,23 @@ class Hub:
             raise UserError(f"{repo} is not a folder; correct the `repo` of the data set, or mount what it names.")
         if not path.is_dir():
             raise UserError(f"repository {repo} is not in the hub {self.root}; `{self.command}` makes it.")
+        self._check_whole(repo)
         return path
+
+    def _check_whole(self, repo: str) -> None:
+        """What was fetched is a link into the cache, which may have been emptied; Snakemake does not see that."""
+        if repo in self._whole or not (step := self._step(repo)).is_file():
+            return
+        told = json.loads(step.read_text())
+        if lost := lost_files(told, self.root / repo):
+            raise UserError(
+                f"{repo} in the hub {self.root} has no {lost[0]} any more ({len(lost)} of {len(told['files'])} files "
+                f"are gone); {again(told['job'], repo, self.root.parent.name)} puts them there again."
+            )
+        self._whole.add(repo)
+
+    def _step(self, repo: str) -> Path:
+        return self.root / "repositories" / f"{repo.replace('/', '--')}.json"
 
     def file(self, repo: str, name: str) -> Path:
         path = self.repo(repo) / name
@@ -96,7 +124,7 @@ class Hub:
     def told(self, repo: str, name: str, path: Path) -> dict:
         """Of a fetched file what was checked then, unless it was written since: 30 GB are not read for every job. Of
         another file, as a preference model of ours beside the published ones, nothing that was told of the fetch."""
-        step = self.root / "repositories" / f"{repo.replace('/', '--')}.json"
+        step = self._step(repo)
         if not step.is_file():
             return {"repo": repo, "file": name, "sha256": sha256_of(path)}
         fetched = json.loads(step.read_text())

@@ -34,7 +34,8 @@ LORA_TARGETS = [  # of both: DMD2's extract_lora_module.py and diffusers' LCM sc
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
     "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
 ]  # fmt: skip
-SPO_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+PSO_RANK = 16
 TIME_FREQUENCIES = 256  # of SPO's preference model
 CLIP_IDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}  # as in the published config files
 HEAD_SIZES = (1024, 128, 64, 16, 1)  # of the aesthetic predictor and of ImageReward
@@ -89,10 +90,10 @@ def kohya_lora(nets: ModuleType) -> State:
     return half(found)
 
 
-def spo_lora(nets: ModuleType) -> State:
-    """Float32, under diffusers' older names, without alpha."""
+def attention_lora(nets: ModuleType, rank: int) -> State:
+    """SPO's, and that of PSO's authors: float32, under diffusers' older names, without alpha."""
     found = {}
-    for name, down, up in lora_layers(nets.unet(), SPO_TARGETS, LORA_RANK):
+    for name, down, up in lora_layers(nets.unet(), ATTENTION, rank):
         found |= {f"unet.{name}.lora.down.weight": down, f"unet.{name}.lora.up.weight": up}
     return found
 
@@ -175,7 +176,10 @@ WEIGHTS: dict[str, Callable[[ModuleType, Config], dict[str, State]]] = {
     DPO: lambda nets, config: {f"unet/{UNET}": unet(nets)},
     MAPO: lambda nets, config: {UNET: unet(nets)},
     "SPO-Diffusion-Models/SPO-SDXL_4k-p_10ep_LoRA": lambda nets, config: {
-        "spo_sdxl_10ep_4k-data_lora_diffusers.safetensors": spo_lora(nets)
+        "spo_sdxl_10ep_4k-data_lora_diffusers.safetensors": attention_lora(nets, LORA_RANK)
+    },
+    "ZichenMiao/PSO": lambda nets, config: {
+        "SDXL_DMD2/pytorch_lora_weights.safetensors": attention_lora(nets, PSO_RANK)
     },
     "SPO-Diffusion-Models/Step-Aware_Preference_Models": lambda nets, config: {
         "sdxl_step-aware_preference_model.bin": preference_model(nets)

@@ -6,6 +6,7 @@ those are set. What a commit holds never changes: its list of files is kept besi
 needs no network.
 """
 
+import contextlib
 import email.utils
 import json
 import os
@@ -62,8 +63,9 @@ class Snapshot:
     """A commit and all its files."""
 
     commit: str
-    files: tuple[File, ...]
+    files: tuple[File, ...]  # or, if not `whole`, those that huggingface_hub has cached
     gated: bool = False  # files are for accounts that accepted its terms
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Repository:
     def ask(self, revision: str | None, tries: int = TRIES) -> Snapshot:
         """What the server says of a commit, or of the newest one."""
         if users_offline():
-            raise Refusal("offline: not cached", self._offline(revision))
+            raise self._no_revision() if revision is None else self.offline()
         try:
             snapshot = asked(lambda: self._of_github(revision) if self.github else self._of_hub(revision), tries)
         except (HfHubHTTPError, httpx2.TransportError) as error:
@@ -132,11 +134,13 @@ class Repository:
         if revision is None:
             return None
         for note in sorted(self.notes.glob(f"{revision}*.json")):  # a revision may be the beginning of a commit
-            return Snapshot(note.stem, tuple(File(**file) for file in json.loads(note.read_text())))
-        folder = self.store / "snapshots" / revision
-        paths = sorted(path for path in folder.rglob("*") if path.is_symlink() and path.exists())
-        found = [File(str(p.relative_to(folder)), p.stat().st_size, Path(os.readlink(p)).name) for p in paths]
-        return Snapshot(revision, tuple(found)) if found and users_offline() else None
+            with contextlib.suppress(ValueError, TypeError):  # a damaged one is written anew
+                return Snapshot(note.stem, tuple(File(**file) for file in json.loads(note.read_text())))
+        for folder in sorted(self.store.glob(f"snapshots/{revision}*")) if users_offline() else ():
+            paths = sorted(path for path in folder.rglob("*") if path.is_symlink() and path.exists())
+            found = [File(str(p.relative_to(folder)), p.stat().st_size, Path(os.readlink(p)).name) for p in paths]
+            return Snapshot(folder.name, tuple(found), whole=False)
+        return None
 
     def check_access(self) -> None:
         """Whether files of a gated repository would be given."""
@@ -158,7 +162,7 @@ class Repository:
         return Snapshot(str(info.sha), tuple(files), gated=bool(info.gated))
 
     def _of_github(self, revision: str | None) -> Snapshot:
-        token = os.environ.get("GITHUB_TOKEN")
+        token = os.environ.get("GITHUB_TOKEN", "").strip()  # a line end would be no header
         headers = {"Authorization": f"Bearer {token}"} if token else {}
 
         def get(path: str) -> dict:
@@ -190,15 +194,20 @@ class Repository:
 
     # ---- why not ----
 
-    def _offline(self, revision: str | None) -> str:
-        if revision is None:
-            return (
-                f"{self.name} has no revision, neither in repositories.yaml nor in hub.lock.json, and HF_HUB_OFFLINE "
-                "is set; unset it to look the newest commit up, or write a cached commit into the entry's revision."
-            )
-        return (
-            f"{self.name} is not in the cache and HF_HUB_OFFLINE is set; unset it, or fetch the files on a machine "
-            "with a network and the same HF_HOME, then run the same command again."
+    def _no_revision(self) -> Refusal:
+        return Refusal(
+            "offline: not cached",
+            f"{self.name} has no revision, neither in repositories.yaml nor in hub.lock.json, and HF_HUB_OFFLINE "
+            "is set; unset it to look the newest commit up, or write a cached commit into the entry's revision.",
+        )
+
+    def offline(self, path: str | None = None) -> Refusal:
+        """Something of a commit is not cached; `path`: a file, or a glob."""
+        what = f"{path} of {self.name}" if path else self.name
+        return Refusal(
+            "offline: not cached",
+            f"{what} is not in the cache and HF_HUB_OFFLINE is set; unset it, or fetch the files on a machine "
+            "with a network and the same HF_HOME, then run the same command again.",
         )
 
     @property

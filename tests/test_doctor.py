@@ -1,6 +1,9 @@
 """The doctor on a fake hub: every state, the verdict, and that it fetches nothing."""
 
 import json
+import re
+import shlex
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -162,6 +165,28 @@ def test_a_lock_that_changed_after_the_fetch_is_noticed(hub, paper, capsys, monk
     code, output = examined(capsys, monkeypatch)
     assert code == 1 and f"NO-GO: {VAE}: fetched at another commit" in output
     assert f"was fetched at commit {before[:7]} and is now to be {after[:7]}" in output
+    assert given(output) == ["pso.fetch", "--repo", VAE, "--set", '{"scale": "paper"}']
+    assert json.loads(fetch(paper, VAE).read_text())["revision"] == after
+    assert examined(capsys, monkeypatch)[0] == 0
+
+
+def given(output) -> list[str]:
+    """The words of the command that is named for a repository's files."""
+    return shlex.split(re.search("`python -m (pso.fetch .*?)`", output)[1])
+
+
+@pytest.mark.parametrize("emptied", ["home/hub", "results/paper/hub/madebyollin"])
+def test_a_cache_that_was_emptied_after_the_fetch_is_noticed(hub, paper, capsys, monkeypatch, tmp_path, emptied):
+    """Snakemake is content with the step file, so nothing would be fetched again."""
+    fetch(paper, VAE)
+    assert examined(capsys, monkeypatch)[0] == 0
+    shutil.rmtree(tmp_path / emptied)
+    code, output = examined(capsys, monkeypatch)
+    assert code == 1 and f"NO-GO: {VAE}: fetched, then lost" in output
+    assert f"{VAE} was fetched and has no config.json any more (2 of 2 files are gone)" in output
+    assert given(output) == ["pso.fetch", "--repo", VAE, "--set", '{"scale": "paper"}']
+    fetch(paper, VAE)
+    assert examined(capsys, monkeypatch)[0] == 0
 
 
 def test_tokens_are_named_and_never_shown(hub, capsys, monkeypatch, tmp_path):
@@ -272,12 +297,13 @@ def test_random_weights_need_the_published_sizes(paper):
 
 @pytest.mark.parametrize(
     ("arguments", "module", "said"),
-    [(["--why", "results/a/run"], "why", "why of results/a/run"), (["--cost"], "estimate", "cost of []"),
+    [(["--why", "results/a/run"], "why", "why of results/a/run in results"), (["--cost"], "estimate", "cost of []"),
+     (["--why", "here/a/run", "--results", "here"], "why", "why of here/a/run in here"),
      (["--cost", "table1", "table2"], "estimate", "cost of ['table1', 'table2']")],
 )  # fmt: skip
 def test_why_and_cost_are_asked_of_their_modules(hub, capsys, monkeypatch, arguments, module, said):
     word = "why" if module == "why" else "cost"
-    found = SimpleNamespace(text=lambda config, what: f"{word} of {what}")
+    found = SimpleNamespace(text=lambda config, what, *root: " in ".join(map(str, [f"{word} of {what}", *root])))
     monkeypatch.setitem(sys.modules, f"pso.{module}", found)
     monkeypatch.setattr(pso, module, found, raising=False)
     monkeypatch.setattr(sys, "argv", ["doctor", *arguments])

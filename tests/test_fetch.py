@@ -22,6 +22,7 @@ from pso.entries import RepositoryEntry
 from pso.fetch import fetch
 from pso.lockfile import read_lock, write_once
 from pso.provenance import UserError
+from pso.remote import Refusal
 from pso.replacing import replacement
 from pso.steps import published_entry
 
@@ -236,7 +237,7 @@ def test_a_commit_that_another_writes_while_we_ask_holds_for_us(hub, paper, tmp_
 @pytest.mark.parametrize("revision", ["main", "v1.0", "", "27A8642"])
 def test_a_branch_or_tag_is_no_revision(tmp_path, revision):
     repositories = {"tianweiy/DMD2": {"revision": revision}}
-    with pytest.raises(UserError, match=r"^repositories\.tianweiy/DMD2\.revision is "):
+    with pytest.raises(UserError, match=r"^repositories\.tianweiy/DMD2\.revision is .*; expected a commit, 7 to 40"):
         load({"scale": "paper", "repositories": repositories})
     (tmp_path / "hub.lock.json").write_text(json.dumps({"a/b": {"revision": revision}}))
     with pytest.raises(UserError, match="is not a lock file"):
@@ -272,6 +273,36 @@ def test_offline_what_huggingface_hub_had_cached_is_enough(hub, paper, tmp_path,
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     found = fetched(with_entries(paper, acme__model=entry(revision=commit)), tmp_path)
     assert len(found["files"]) == 2
+    by_its_beginning = with_entries(paper, acme__model=entry(revision=commit[:7]))
+    assert fetched(by_its_beginning, tmp_path)["revision"] == commit
+
+
+@pytest.mark.parametrize("lacking", ["not begun", "half fetched"])
+def test_offline_a_file_that_is_not_cached_is_named(hub, paper, tmp_path, monkeypatch, lacking):
+    """Neither a wrong entry nor a cache that cannot be written."""
+    commit = hub.repo(NAME).commit(FILES)
+    config = with_entries(paper, acme__model=entry(revision=commit))
+    if lacking == "not begun":
+        hf_hub_download(NAME, "config.json", revision=commit)
+    else:
+        hub.repo(NAME).faults[MODEL] = Fault(cut_after=70_000)
+        with pytest.raises(UserError, match="ends after 70000"):
+            fetched(config, tmp_path)
+    monkeypatch.setenv(OFFLINE_VARIABLE, "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(Refusal, match=r"^unet/.*safetensors of acme/model is not in the cache and HF_HUB_OFFLINE") as e:
+        fetched(config, tmp_path)
+    assert e.value.state == "offline: not cached"
+    assert_nothing_under_a_final_name(tmp_path)
+
+
+def test_a_damaged_list_of_files_is_asked_for_anew(hub, paper, tmp_path):
+    commit = hub.repo(NAME).commit(FILES)
+    config = with_entries(paper, acme__model=entry(revision=commit))
+    first = fetched(config, tmp_path)
+    (note,) = (tmp_path / "home/assets").rglob(f"{commit}.json")
+    note.write_text(note.read_text()[:-10])
+    assert fetched(config, tmp_path) == first and json.loads(note.read_text())
 
 
 @pytest.mark.parametrize(
@@ -563,6 +594,13 @@ def test_a_token_goes_to_the_hub_and_nowhere_else(served, tmp_path):
     assert TOKEN not in done.stdout + done.stderr
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
+
+
+def test_a_line_end_is_no_part_of_githubs_token(hub, paper, tmp_path, monkeypatch):
+    hub.repo(NAME, "github").commit(FILES)
+    monkeypatch.setenv("GITHUB_TOKEN", f"{TOKEN}\n")
+    fetched(with_entries(paper, acme__model=entry(source="github")), tmp_path)
+    assert f"Bearer {TOKEN}" in {r.authorization for r in hub.requests}
 
 
 def test_an_invalid_token_is_named_and_not_shown(served, tmp_path):

@@ -21,7 +21,7 @@ def hub(tmp_path):
     step = tmp_path / "repositories" / "me--model.json"
     step.parent.mkdir()
     files = [{"file": "weights.bin", "size": 5, "sha256": "checked then"}]
-    step.write_text(json.dumps({"revision": "0123abc", "files": files}))
+    step.write_text(json.dumps({"job": "fetch", "revision": "0123abc", "files": files}))
     os.utime(file, ns=(0, step.stat().st_mtime_ns - 1))
     return Hub(tmp_path)
 
@@ -52,6 +52,19 @@ def test_a_file_that_may_have_changed_is_read(hub, change):
     assert "revision" not in hub.inputs()[0]  # the commit is not where these bytes are from
 
 
+def test_a_link_into_an_emptied_cache_names_the_command_that_fetches_again(hub, tmp_path):
+    """Of `snakemake hub` there would be nothing to be done."""
+    hub.repo("me/model")
+    place = hub.root / "me" / "model" / "weights.bin"
+    place.unlink()
+    place.symlink_to(tmp_path / "gone")
+    said = r"^me/model in .* has no weights.bin any more \(1 of 1 files are gone\); `python -m pso.fetch --repo me/mod"
+    with pytest.raises(UserError, match=said):
+        Hub(hub.root).repo("me/model")
+    with pytest.raises(UserError, match=said):
+        Hub(hub.root).file("me/model", "other.bin")
+
+
 def test_shards_of_a_fetched_set_are_told_as_they_were_checked(tmp_path):
     """Of 335 GB the digests are known, and run.json names their commit."""
     written = shards(tmp_path / "me/pairs", [row(n) for n in range(4)])
@@ -61,7 +74,7 @@ def test_shards_of_a_fetched_set_are_told_as_they_were_checked(tmp_path):
     ]
     step = tmp_path / "repositories" / "me--pairs.json"
     step.parent.mkdir()
-    step.write_text(json.dumps({"revision": "0123abc", "files": files}))
+    step.write_text(json.dumps({"job": "fetch", "revision": "0123abc", "files": files}))
     for path in written:
         os.utime(path, ns=(0, step.stat().st_mtime_ns - 1))
     entry = DatasetEntry(format="preference_parquet", repo="me/pairs", files="data/*.parquet")

@@ -88,6 +88,11 @@ def test_the_reduced_budget_is_a_share_of_the_updates_and_of_nothing_else():
     assert reduced.models == PAPER.models and reduced.datasets == PAPER.datasets
 
 
+def test_a_share_above_one_is_refused_in_words():
+    with pytest.raises(ConfigError, match=r"^scales\.reduced\.budget is 1\.5; expected a number of at most 1\.0\.$"):
+        load({"scale": "reduced", "scales": {"reduced": {"budget": 1.5}}})
+
+
 def test_tables_that_are_asked_for_go_before_the_scales_own():
     assert load({"scale": "paper", "tables": ["style"]}).tables == ["style"]
     assert "style" in load({"scale": "smoke"}).tables

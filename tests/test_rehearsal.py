@@ -53,7 +53,7 @@ DMD2, DPO = "tianweiy/DMD2", "mhdang/dpo-sdxl-text2image-v1"
 FLOAT32 = {  # files whose weights have 32 bits
     *("madebyollin/sdxl-vae-fp16-fix", DPO, "mapo-t2i/mapo-beta", "SPO-Diffusion-Models/SPO-SDXL_4k-p_10ep_LoRA"),
     *("SPO-Diffusion-Models/Step-Aware_Preference_Models", *seeded.SMALL, seeded.PICK_SCORE, seeded.IMAGE_REWARD),
-    *(seeded.DINO, seeded.AESTHETIC),
+    *(seeded.DINO, seeded.AESTHETIC, "ZichenMiao/PSO"),
 }
 
 
@@ -319,6 +319,19 @@ def test_a_repository_without_a_twin_and_a_scale_without_random_weights_are_refu
     with pytest.raises(UserError, match=r"^scales\.smoke\.random is missing"):
         write_repository(load({"scale": "smoke"}), DMD2, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_lora_that_psos_authors_published_is_a_row_that_nothing_is_trained_for(root):
+    asked = load({**SMALL, "tables": ["released"]})
+    assert {job.method for job in jobs(asked)} == {UNTUNED}
+    for repo in needed(asked).keys() - needed(CONFIG).keys():
+        write_repository(asked, repo, root)
+    with_it, without = (
+        load_policy(asked.models[name], Hub(root), name=name).unet.state_dict()
+        for name in ("sdxl_dmd2_pso_released", "sdxl_dmd2")
+    )
+    changed = {key for key, value in with_it.items() if not torch.equal(value, without[key])}
+    assert changed == {key for key in without if re.search(r"\.to_(q|k|v|out\.0)\.weight$", key)}
 
 
 def test_a_mirror_is_rehearsed_with_the_files_of_its_original(tmp_path):

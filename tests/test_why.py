@@ -1,6 +1,7 @@
 """Which key made a run stale: synthetic records, and a real tiny run with one key changed."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,18 @@ def test_inputs_are_looked_at(made):
         "`owner/name: z.bin`: missing",
         f"`cache/m/d.safetensors`: sha256 {'0' * 12} -> {new['cache/m/d.safetensors']}",
     ]
+
+
+def test_a_fetched_file_is_not_read_again(made):
+    """335 GB of pairs are among a run's inputs."""
+    step = {"job": "fetch", "revision": "0" * 40, "files": [{"file": "a.bin", "size": 1, "sha256": "checked then"}]}
+    folder = made(record(PAPER), {"hub/owner/name/a.bin": "a", "hub/repositories/owner--name.json": json.dumps(step)})
+    place = folder.parents[3] / "hub/owner/name/a.bin"
+    os.utime(place, ns=(0, 0))
+    told = {"repo": "owner/name", "file": "a.bin", "sha256": "checked then"}
+    assert said(PAPER, made(record(PAPER) | {"inputs": [told]})) == []
+    place.write_text("b")  # of the same size, later
+    assert len(said(PAPER, folder)) == 1
 
 
 def test_a_cache_that_has_only_grown_is_no_change(made):
