@@ -158,9 +158,8 @@ def command(wanted: Wanted, environment: Mapping[str, str]) -> tuple[list[str], 
     job = environment.get("SLURM_JOB_ID") if shutil.which("srun", path=environment.get("PATH")) else None
     if wanted.nodes > 1:
         if job is None:
-            raise UserError(
-                f"nodes={wanted.nodes} needs SLURM: use --workflow-profile workflow/profiles/slurm, or nodes=1."
-            )
+            how = "use --workflow-profile workflow/profiles/slurm, or nodes=1"
+            raise UserError(f"nodes={wanted.nodes}: several nodes need SLURM; {how}.")
         return nodes_step(wanted, job, socket.gethostname()), step_environment(environment)
     devices = visible_devices(environment) if wanted.gpus else []
     taken = take(wanted.gpus, devices, lock_folder(environment)) if devices else []
