@@ -35,6 +35,7 @@ TORCH_FREE = [
         for name in (
             "campaign",
             "timeline",
+            "launch",
             "checks",
             "estimate",
             "params",

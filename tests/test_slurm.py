@@ -5,6 +5,7 @@ tests/slurm_setup.sh installs what is needed. PSO_SLURM_RECORD=1 writes results/
 
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -20,6 +22,7 @@ from conftest import ROOT
 from slurm_lab import Lab, missing, wait_until
 
 from pso.paths import LORA_FILE, run_dir
+from pso.provenance import atomic, write_json
 
 pytestmark = pytest.mark.slurm
 PROFILE = ROOT / "workflow" / "profiles" / "slurm"
@@ -71,7 +74,8 @@ def program(job: str, module: str) -> psutil.Process | None:
     """The process of a module in a job of SLURM; neither the launcher nor srun before it."""
     for one in psutil.process_iter():
         try:
-            if one.cmdline()[1:3] == ["-m", module] and one.environ().get("SLURM_JOB_ID") == job:
+            words = [word for word in one.cmdline()[:4] if word != "-u"]  # torchrun's
+            if words[1:3] == ["-m", module] and one.environ().get("SLURM_JOB_ID") == job:
                 return one
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
@@ -125,6 +129,76 @@ def test_a_signal_reaches_what_the_launcher_started_and_nothing_else(lab, tmp_pa
         assert not (tmp_path / "plain.heard").exists()
 
 
+# ---- several processes ----
+
+RANKS = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+import torch.distributed as dist
+name = sys.argv[1]
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+def hear(sign, frame):
+    Path(f"{name}.heard{rank}").touch()
+    sys.exit(75)
+if rank == 0 and not Path(f"{name}.started").exists():
+    Path(f"{name}.started").touch()
+    first = torch.ones(1)
+else:
+    first = torch.zeros(1)
+dist.broadcast(first, 0)
+if first.item():
+    signal.signal(signal.SIGTERM, hear)
+    Path(f"{name}.ready{rank}").touch()
+    time.sleep(600)
+total = torch.tensor([float(rank)])
+dist.all_reduce(total)
+if rank == 0:
+    Path(f"{name}.done").write_text(f"{world} {total.item():.0f} {os.environ['LOCAL_WORLD_SIZE']}")
+dist.destroy_process_group()
+"""
+# the launcher itself, which here starts another program than pso.tune on several GPUs
+LAUNCHER = """
+from pso import launch
+launch.MULTI_PROCESS.add("ranks")
+launch.main()
+"""
+RANK_RULES = """
+SHELL = "python -m launcher --gpus {resources.gpu} --nodes {resources.nodes} --cpus {threads} -m ranks {rule}"
+rule all:
+    input: "one.done", "two.done"
+rule one:
+    output: "one.done"
+    resources: gpu=2, nodes=1
+    shell: SHELL + " 2>&1 | tee one.log"
+rule two:
+    output: "two.done"
+    resources: gpu=2, nodes=2, tasks=2, tasks_per_gpu=0, mpi="srun", gres="gpu:1", slurm_partition="all"
+    shell: SHELL + " 2>&1 | tee two.log"
+"""
+
+
+def test_one_run_on_two_gpus_and_on_two_nodes_is_saved_by_all_its_processes(lab, tmp_path):
+    for name, text in (("ranks.py", RANKS), ("launcher.py", LAUNCHER), ("Snakefile", RANK_RULES)):
+        (tmp_path / name).write_text(text)
+    driver = start(lab, tmp_path / "Snakefile", tmp_path)
+    try:
+        for _ in range(2):  # one after the other: the nodes have two GPUs each
+            wait_until(lambda: len(list(tmp_path.glob("*.ready?"))) == 2, 120, "two processes have met")
+            name = next(tmp_path.glob("*.ready0")).stem
+            job = next(j["id"] for j in lab.jobs() if j["state"] == "RUNNING" and j["comment"] == f"rule_{name}")
+            lab.run("scancel", job)
+            wait_until(lambda job=job: lab.state(job) == "CANCELLED", 30, "the job has ended")
+            for rank in (0, 1):
+                assert (tmp_path / f"{name}.heard{rank}").exists(), (tmp_path / f"{name}.log").read_text()[-3000:]
+                (tmp_path / f"{name}.ready{rank}").unlink()
+    finally:
+        finish(driver, tmp_path, 180)
+    assert (tmp_path / "one.done").read_text() == "2 1 2"
+    assert (tmp_path / "two.done").read_text() == "2 1 1"
+
+
 # ---- the whole workflow ----
 
 # what is done to the first job of a program that has got somewhere, in this order
@@ -167,6 +241,65 @@ def disturb_all(lab: Lab, driver: subprocess.Popen, folder: Path, seconds: float
                 done[what] = job
         time.sleep(0.3)
     return done
+
+
+# what Snakemake writes when the program of a rule begins and ends, inside of a job
+STAMP = re.compile(
+    r"^\[\w{3} (\w{3} +\d+ [\d:]{8} \d{4})\]\n(localrule tune:|Finished jobid: \d+ \(Rule: tune\))", re.MULTILINE
+)
+
+
+def seconds_around(job: dict[str, str], folder: Path) -> tuple[float, float] | None:
+    """Seconds of a tuning job of SLURM before its program began and after it had ended."""
+    log = next((folder / ".snakemake" / "slurm_logs" / "rule_tune").rglob(f"{job['id']}.log")).read_text()
+    stamps = {what[:8]: datetime.strptime(when, "%b %d %H:%M:%S %Y") for when, what in reversed(STAMP.findall(log))}
+    began, ended = (datetime.fromisoformat(job[name]) for name in ("started", "ended"))
+    return (stamps["localrul"] - began).total_seconds(), (ended - stamps["Finished"]).total_seconds()
+
+
+def overhead(lab: Lab, folder: Path, seconds: float, disturbed: set[str]) -> dict:
+    """What SLURM and Snakemake in it add to a job, from jobs that nothing happened to."""
+    jobs = lab.jobs()
+    quiet = [j for j in jobs if j["state"] == "COMPLETED" and j["id"] not in disturbed and "rule_tune" in j["comment"]]
+    before, after = zip(*(seconds_around(job, folder) for job in quiet), strict=True)
+    both = [a + b for a, b in zip(before, after, strict=True)]
+    mean = round(statistics.mean(both), 1)
+    return {
+        "seconds": round(seconds),
+        "jobs": len(jobs),
+        "jobs_measured": len(quiet),
+        "seconds_added": {"median": statistics.median(both), "mean": mean, "max": max(both)},
+        "before": {"median": statistics.median(before), "max": max(before)},
+        "after": {"median": statistics.median(after), "max": max(after)},
+        "cpus": os.cpu_count(),
+        "load_average_15_minutes": round(os.getloadavg()[2], 1),
+        "slurm": lab.run("sinfo", "--version"),
+        "versions": {name: version(name) for name in ("snakemake", "snakemake-executor-plugin-slurm")},
+    }  # fmt: skip
+
+
+def record(figures: dict) -> None:
+    """results/benchmarks/slurm.{json,md}."""
+    write_json(ROOT / "results" / "benchmarks" / "slurm.json", figures)
+    rows = {"added to a job": "seconds_added", "before its program begins": "before", "after its program ends": "after"}
+    table = "\n".join(
+        f"| {row} | {figures[name]['median']:.0f} | {figures[name]['max']:.0f} |" for row, name in rows.items()
+    )
+    made = ", ".join(f"{name} {number}" for name, number in figures["versions"].items())
+    paragraphs = [
+        "# What a job of SLURM costs beside its program",
+        "The smoke workflow through `workflow/profiles/slurm` on a SLURM of one node with two GPUs that are none, "
+        f"on {figures['cpus']} CPUs, three jobs disturbed (scancel, time limit, requeue): {figures['jobs']} jobs of "
+        f"SLURM in {figures['seconds']} s. Of {figures['jobs_measured']} tuning jobs that nothing happened to:",
+        f"| seconds | median | max |\n|:--|--:|--:|\n{table}",
+        f"The mean is {figures['seconds_added']['mean']} s: two starts of Snakemake, one inside of the other. Times of "
+        "SLURM and Snakemake are whole seconds. Snakemake asked after its jobs twice a second; by default the plugin "
+        "lets 40 to 180 s pass between two questions, and a job that is done waits that long to be noticed. Load "
+        f"average of 15 minutes: {figures['load_average_15_minutes']}.",
+        f"`PSO_SLURM_RECORD=1 python -m pytest tests/test_slurm.py`; {figures['slurm']}, {made}.",
+    ]
+    with atomic(ROOT / "results" / "benchmarks" / "slurm.md") as part:
+        part.write_text("\n\n".join(paragraphs) + "\n")
 
 
 RESULTS = ("tables/*.csv", "tables/*.tex", "tables/*.md", "tables/*.diff.json", "claims.*", f"*/*/*/*/lora/{LORA_FILE}",
