@@ -11,6 +11,7 @@ from another process and never meets a number that was given away again.
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -191,11 +192,11 @@ class Lab:
             stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
         output.close()
-        known = self._known()
+        known = self.known()
         known.append({"program": program, "pid": daemon.pid, "started": psutil.Process(daemon.pid).create_time()})
         (self.base / "pids.json").write_text(json.dumps(known))
 
-    def _known(self) -> list[dict]:
+    def known(self) -> list[dict]:
         file = self.base / "pids.json"
         return json.loads(file.read_text()) if file.exists() else []
 
@@ -206,13 +207,19 @@ class Lab:
     def down(self, keep_logs: bool = False) -> None:
         """Daemons, nodes first, then what is left of jobs, then the folder."""
         for program in reversed(DAEMONS):
-            of_program = [d for d in self._known() if d["program"] == program]
+            of_program = [d for d in self.known() if d["program"] == program]
             end([p for d in of_program if (p := process(d["pid"], d["started"])) is not None])
         end(marked(self.base))  # slurmstepd outlives its slurmd on purpose
-        for folder in sorted(FREEZER.glob(f"slurm_{self.name}n*/**/"), reverse=True):
-            folder.rmdir()
+        wait_until(self._cgroups_gone, 20, "cgroups are empty")
         if not keep_logs and self.conf.exists():  # never a folder of something else
             shutil.rmtree(self.base)
+
+    def _cgroups_gone(self) -> bool:
+        """Remove those that are empty; a dead process counts until somebody has asked for its exit code."""
+        for folder in sorted(FREEZER.glob(f"slurm_{self.name}n*/**/"), reverse=True):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        return not list(FREEZER.glob(f"slurm_{self.name}n*"))
 
     # ---- use ----
 
@@ -266,22 +273,30 @@ def marked(base: Path) -> list[psutil.Process]:
     ours = {os.getpid(), *(p.pid for p in psutil.Process().parents())}
     found = []
     for one in psutil.process_iter():
-        try:
-            if one.pid not in ours and one.environ().get(MARKER) == str(base):
+        with contextlib.suppress(OSError):  # gone, or another user's
+            # as bytes: slurmstepd writes its title over the first variables, and psutil reads to the first empty one
+            variables = Path(f"/proc/{one.pid}/environ").read_bytes().split(b"\0")
+            if one.pid not in ours and f"{MARKER}={base}".encode() in variables:
                 found.append(one)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
     return found
 
 
+def alive(one: psutil.Process) -> bool:
+    try:
+        return one.is_running() and one.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def end(processes: list[psutil.Process]) -> None:
-    for sign, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 5)):
+    """SIGTERM; what is there five seconds later gets SIGKILL (a slurmd without its slurmctld does not listen)."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
         for one in processes:
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 one.send_signal(sign)
-            except psutil.NoSuchProcess:
-                continue
-        _, processes = psutil.wait_procs(processes, timeout=patience)
+        late = time.monotonic() + 5
+        while (processes := [one for one in processes if alive(one)]) and time.monotonic() < late:
+            time.sleep(0.05)
 
 
 # ---- Snakemake that asks often ----

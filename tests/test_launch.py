@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import snakemake
 
 from pso import launch
 from pso.launch import Wanted, command, parsed, take, visible_devices
@@ -257,7 +258,5 @@ def test_groups_and_settings_of_the_profile_name_rules_that_exist():
 
 
 def test_several_gpus_leave_finished_runs_as_they_are(smoke):
-    from conftest import snakemake
-
     done = snakemake("-n", "--set-resources", "tune:gpu=4", "--set-threads", "tune=4", cwd=smoke)
     assert done.returncode == 0 and "Nothing to be done" in done.stdout + done.stderr, done.stdout[-2000:]

@@ -3,6 +3,7 @@
 tests/slurm_setup.sh installs what is needed. PSO_SLURM_RECORD=1 writes results/benchmarks/slurm.{json,md}.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT
-from slurm_lab import Lab, missing, wait_until
+from slurm_lab import FREEZER, Lab, alive, marked, missing, wait_until
 
 from pso.paths import LORA_FILE, run_dir
 from pso.provenance import atomic, write_json
@@ -48,6 +49,21 @@ def lab():
         yield cluster.up()
     finally:
         cluster.down()
+
+
+def test_a_lab_goes_away_whole_also_by_another_process(lab):
+    base = Path(tempfile.mkdtemp(prefix="lab"))
+    command = [sys.executable, str(ROOT / "tests" / "slurm_lab.py")]
+    subprocess.run([*command, "up", str(base), "--nodes", "1"], check=True, timeout=60)
+    own = Lab(base, nodes=1)
+    began = [psutil.Process(one["pid"]) for one in own.known()]
+    assert len(began) == 3 and all(map(alive, began))
+    job = own.run("sbatch", "--parsable", "-o", "none", "--wrap", "sleep 600")
+    wait_until(lambda: own.state(job) == "RUNNING", 20, "the job runs")
+    subprocess.run([*command, "down", str(base), "--nodes", "1"], check=True, timeout=60)
+    assert not any(map(alive, began)) and not marked(base) and not base.exists()
+    assert not list(FREEZER.glob(f"slurm_{own.name}*"))
+    assert "is UP" in lab.run("scontrol", "ping")  # the other one was left alone
 
 
 def start(lab: Lab, snakefile: Path, folder: Path, *options: str) -> subprocess.Popen:
@@ -229,17 +245,16 @@ def disturb_all(lab: Lab, driver: subprocess.Popen, folder: Path, seconds: float
     """Wait for the workflow and disturb it; what was done -> the job."""
     done: dict[str, str] = {}
     end = time.monotonic() + seconds
-    while driver.poll() is None and time.monotonic() < end:
-        for job in [one["id"] for one in lab.jobs() if one["state"] == "RUNNING"]:
-            left = [(what, module) for what, module in DISTURBED if what not in done]
-            if not left or job in done.values():
-                continue
-            what, module = left[0]
-            one = program(job, module)
-            if one is not None and under_way(one, folder):
-                disturb(lab, job, what, one)
-                done[what] = job
-        time.sleep(0.3)
+    for what, module in DISTURBED:
+        while what not in done and driver.poll() is None and time.monotonic() < end:
+            for job in [one["id"] for one in lab.jobs() if one["state"] == "RUNNING"]:
+                one = None if job in done.values() or what in done else program(job, module)
+                if one is not None and under_way(one, folder):
+                    disturb(lab, job, what, one)
+                    done[what] = job
+            time.sleep(0.3)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        driver.wait(timeout=max(0, end - time.monotonic()))
     return done
 
 
