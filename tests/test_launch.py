@@ -251,6 +251,8 @@ def test_a_rule_with_a_gpu_is_started_by_the_launcher_on_one_node():
 
 def test_groups_and_settings_of_the_profile_name_rules_that_exist():
     profile = yaml.safe_load((PROFILES / "slurm" / "config.yaml").read_text())
+    gpus = {name for name, text in rules().items() if "gpu=" in text}
+    assert set(profile["set-resources"]) == gpus  # so that all have what is set for GPUs
     named = {*profile["groups"], *profile["set-resources"], *profile["set-threads"]}
     published = {f"hub_published_{name}" for name in ("dpo", "mapo", "spo")}
     assert named - published <= set(rules())
