@@ -1,4 +1,5 @@
 # make        set up .venv and run the miniature (60 minutes on 2 idle cores; later runs only what changed)
+# make setup  set up .venv alone
 # make test   set up .venv and run the tests
 # make verify_scorers   ours against the official scorer packages, which go into .venv-oracle (10 minutes)
 PYTHON ?= python3
@@ -9,10 +10,12 @@ EXPORT := --quiet --frozen --no-hashes --no-emit-project --no-annotate --no-head
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export OMP_NUM_THREADS := 1
 
-.PHONY: all test lint readme verify_scorers lock clean-env
+.PHONY: all setup test lint readme verify_scorers lock clean-env
 all: $(VENV)/ready
 	snakemake --cores $(CORES) --rerun-incomplete
 	@python -m pso.runs
+
+setup: $(VENV)/ready
 
 test: $(VENV)/ready
 	python -m pytest

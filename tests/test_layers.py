@@ -37,6 +37,7 @@ TORCH_FREE = [
             "timeline",
             "progress",
             "resources",
+            "launch",
             "checks",
             "estimate",
             "params",

@@ -3,6 +3,11 @@
 # job waits for its model's calibrate.json. At the others nothing does, and `snakemake calibrate` is for trying it out.
 
 
+localrules:
+    calibrate,
+    calibrate_model,
+
+
 rule calibrate:
     input:
         lambda w: sorted(
@@ -56,6 +61,7 @@ rule generate_untuned:
     resources:
         **needs("generate_untuned", "{task} {model}"),
         gpu=1,
+        nodes=1,
     params:
         rows=lambda w: [str(job.images(SCALE)) for job in image_jobs(w, untuned=True)],
         model=lambda w: model_params(CONFIG, w.model),
@@ -66,7 +72,8 @@ rule generate_untuned:
         eval=CONFIG.scale_entry.model_dump(include={"eval_seed", "eval_batch", "dtype"}),
         code=fingerprint("eval.generate"),
     shell:
-        "python -m eval.generate --model {wildcards.model} --task {wildcards.task} --untuned 2>&1 | tee {log}"
+        "python -m pso.launch --gpus {resources.gpu} --nodes {resources.nodes} --cpus {threads}"
+        " -m eval.generate --model {wildcards.model} --task {wildcards.task} --untuned 2>&1 | tee {log}"
 
 
 rule score_untuned:
@@ -83,6 +90,7 @@ rule score_untuned:
     resources:
         **needs("score_untuned", "{task} {model}"),
         gpu=1,
+        nodes=1,
     params:
         metrics=lambda w: {
             name: scorer_params(CONFIG, name) for name in metrics(CONFIG, w.task)
@@ -91,4 +99,5 @@ rule score_untuned:
             "eval.score", *(CONFIG.metrics[m].loader for m in metrics(CONFIG, w.task))
         ),
     shell:
-        "python -m eval.score --model {wildcards.model} --task {wildcards.task} --untuned 2>&1 | tee {log}"
+        "python -m pso.launch --gpus {resources.gpu} --nodes {resources.nodes} --cpus {threads}"
+        " -m eval.score --model {wildcards.model} --task {wildcards.task} --untuned 2>&1 | tee {log}"

@@ -8,6 +8,10 @@ from pso.visits import latents_plan, trained
 TRAINED, SHOWN = data_sets(CONFIG)
 
 
+localrules:
+    leakage,
+
+
 rule latents:
     input:
         lambda w: STEPS.pairs(w.dataset),
@@ -22,13 +26,15 @@ rule latents:
     resources:
         **needs("latents", "{model} {dataset}"),
         gpu=1,
+        nodes=1,
     params:
         model=lambda w: pair_settings(w.model, w.dataset),
         dataset=lambda w: CONFIG.datasets[w.dataset].model_dump(),
         dtype=CONFIG.scale_entry.dtype,
         code=fingerprint("pso.caches"),
     shell:
-        "python -m pso.caches --model {wildcards.model} --dataset {wildcards.dataset} 2>&1 | tee {log}"
+        "python -m pso.launch --gpus {resources.gpu} --nodes {resources.nodes} --cpus {threads}"
+        " -m pso.caches --model {wildcards.model} --dataset {wildcards.dataset} 2>&1 | tee {log}"
 
 
 rule embeddings:  # only for methods that compare pair with pair
@@ -45,12 +51,14 @@ rule embeddings:  # only for methods that compare pair with pair
     resources:
         **needs("embeddings", "{metric} {dataset}"),
         gpu=1,
+        nodes=1,
     params:
         metric=lambda w: scorer_params(CONFIG, w.metric),
         dataset=lambda w: CONFIG.datasets[w.dataset].model_dump(),
         code=lambda w: fingerprint("pso.embeddings", CONFIG.metrics[w.metric].module),
     shell:
-        "python -m pso.embeddings --metric {wildcards.metric} --dataset {wildcards.dataset} 2>&1 | tee {log}"
+        "python -m pso.launch --gpus {resources.gpu} --nodes {resources.nodes} --cpus {threads}"
+        " -m pso.embeddings --metric {wildcards.metric} --dataset {wildcards.dataset} 2>&1 | tee {log}"
 
 
 rule leakage:  # which evaluation prompts were trained on

@@ -17,6 +17,7 @@ rule generate:
     resources:
         **needs("generate", "{task} {model}"),
         gpu=1,
+        nodes=1,
     params:
         rows=lambda w: [str(job.images(SCALE)) for job in image_jobs(w)],
         model=lambda w: model_params(CONFIG, w.model),
@@ -26,7 +27,8 @@ rule generate:
         eval=CONFIG.scale_entry.model_dump(include={"eval_seed", "eval_batch", "dtype"}),
         code=fingerprint("eval.generate"),
     shell:
-        "python -m eval.generate --model {wildcards.model} --task {wildcards.task} 2>&1 | tee {log}"
+        "python -m pso.launch --gpus {resources.gpu} --nodes {resources.nodes} --cpus {threads}"
+        " -m eval.generate --model {wildcards.model} --task {wildcards.task} 2>&1 | tee {log}"
 
 
 rule score:
@@ -44,6 +46,7 @@ rule score:
     resources:
         **needs("score", "{task} {model}"),
         gpu=1,
+        nodes=1,
     params:
         metrics=lambda w: {
             name: scorer_params(CONFIG, name) for name in metrics(CONFIG, w.task)
@@ -52,4 +55,5 @@ rule score:
             "eval.score", *(CONFIG.metrics[m].loader for m in metrics(CONFIG, w.task))
         ),
     shell:
-        "python -m eval.score --model {wildcards.model} --task {wildcards.task} 2>&1 | tee {log}"
+        "python -m pso.launch --gpus {resources.gpu} --nodes {resources.nodes} --cpus {threads}"
+        " -m eval.score --model {wildcards.model} --task {wildcards.task} 2>&1 | tee {log}"

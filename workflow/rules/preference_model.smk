@@ -16,6 +16,7 @@ rule preference_model:
     resources:
         **needs("preference_model", "{model}"),
         gpu=1,
+        nodes=1,
     params:
         settings=SPM.model_dump() if SPM else None,
         seed=CONFIG.scale_entry.seed,
@@ -26,4 +27,5 @@ rule preference_model:
         dtype=CONFIG.scale_entry.dtype,
         code=fingerprint("baselines.preference_training"),
     shell:
-        "python -m baselines.preference_training --model {wildcards.model} 2>&1 | tee {log}"
+        "python -m pso.launch --gpus {resources.gpu} --nodes {resources.nodes} --cpus {threads}"
+        " -m baselines.preference_training --model {wildcards.model} 2>&1 | tee {log}"

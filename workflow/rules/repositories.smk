@@ -19,6 +19,9 @@ except UserError as error:
 
 if CONFIG.scale_entry.hub == "fetched":
 
+    localrules:
+        fetch,
+
     rule fetch:  # a cached file is only linked; a broken download goes on where it stopped
         output:
             f"{HUB}/repositories/{{slug}}.json",

@@ -1,6 +1,14 @@
 # What a reader sees. Torch-free, seconds each.
 
 
+localrules:
+    table,
+    diff,
+    judge,
+    draw,
+    sum_up,
+
+
 rule table:
     input:
         lambda w: table_scores(w.table),

@@ -17,9 +17,11 @@ rule tune:
     resources:
         **needs("tune", "{task} {model} {method} seed{seed}"),
         gpu=1,
+        nodes=1,
     params:
         settings=lambda w: run_params(CONFIG, w.model, w.method),
         code=lambda w: fingerprint(*run_modules(CONFIG, w.method)),
     shell:
-        "python -m pso.tune --task {wildcards.task} --model {wildcards.model}"
+        "python -m pso.launch --gpus {resources.gpu} --nodes {resources.nodes} --cpus {threads}"
+        " -m pso.tune --task {wildcards.task} --model {wildcards.model}"
         " --method {wildcards.method} --seed {wildcards.seed} 2>&1 | tee {log}"
