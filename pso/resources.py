@@ -12,19 +12,22 @@ import math
 from collections import Counter
 from pathlib import Path
 
+import yaml
+
 from pso import campaign
 from pso.campaign import Run, Work
 from pso.entries import UNTUNED, Config
 from pso.estimate import FIGURES, TEXT_BYTES, Flops, all_calls, counts, kept_name, rate
 from pso.hub import is_outside
 from pso.leakage import data_sets
-from pso.provenance import UserError
+from pso.provenance import ROOT, UserError
 from pso.runs import jobs, metrics
 from pso.steps import metric_repositories, model_repositories, published_entry
 from pso.work import Call
 
 # ---- the published sizes. Stated, unless it says measured ----
 
+PARTITIONS = ROOT / "workflow" / "profiles" / "slurm" / "partitions.yaml"
 SAFETY = 2.0
 START_S = 300.0  # imports, CUDA, building the networks
 READ_GB_S = 0.1  # weights and data from a shared disk, and their sha256
@@ -102,9 +105,17 @@ class Needs:
         return rate()
 
     def minutes(self, rule: str, job: str = "", attempt: int = 1) -> int:
-        """The limit of a job."""
+        """The limit of a job, at most what a cluster allows: what is stopped there goes on in the next attempt."""
         safety = SAFETY if self.full else SMALL_SAFETY
-        return max(10, math.ceil(safety * self.seconds(rule, job) / 60)) * attempt
+        return min(max(10, math.ceil(safety * self.seconds(rule, job) / 60)) * attempt, self.longest)
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """The longest max_runtime of the partitions in the profile for SLURM, in minutes."""
+        from snakemake_executor_plugin_slurm.utils import parse_time_to_minutes  # half a second
+
+        partitions = yaml.safe_load(PARTITIONS.read_text())["partitions"].values()
+        return max(parse_time_to_minutes(limits["max_runtime"]) for limits in partitions)
 
     def mem_mb(self, rule: str, job: str = "", attempt: int = 1) -> int:
         """Host memory of a job."""

@@ -43,13 +43,15 @@ def job_of(told, rule, name):
 # ---- the published sizes ----
 
 
-def test_a_run_has_twice_what_the_estimate_counts_and_what_is_beside_it(told, needs):
+def test_a_run_has_twice_what_the_estimate_counts_and_what_is_beside_it(told, needs, monkeypatch):
     job = job_of(told, "tune", "preference sdxl_dmd2 pso_online seed0")
     weights = 6.8 + 0.34 + 5.53 + 3.95  # base, VAE, DMD2's UNet, PickScore
     updates = needs.config.methods["pso_online"].tune.num_updates
     pictures = job["decode"]  # of 1024 px
     seconds = job["gpu_hours"] * 3600 + 300 + weights / 0.1 + 0.2 * updates + 0.12 * pictures
     assert needs.seconds("tune", "preference sdxl_dmd2 pso_online seed0") == pytest.approx(seconds)
+    assert needs.minutes("tune", "preference sdxl_dmd2 pso_online seed0") == 48 * 60 < 2 * seconds / 60
+    monkeypatch.setitem(vars(needs), "longest", 1e6)
     assert needs.minutes("tune", "preference sdxl_dmd2 pso_online seed0") == math.ceil(2 * seconds / 60)
 
 
@@ -83,6 +85,15 @@ def test_a_later_attempt_asks_for_more(needs):
     for rule, job in (("tune", "preference sdxl sft seed0"), ("score", "preference sdxl"), ("table", "")):
         minutes, mb = needs.minutes(rule, job), needs.mem_mb(rule, job)
         assert (needs.minutes(rule, job, 3), needs.mem_mb(rule, job, 3)) == (3 * minutes, 3 * mb)
+
+
+def test_no_job_asks_for_more_time_than_a_partition_gives(needs, tmp_path, monkeypatch):
+    long = ("tune", "preference sdxl_dmd2 pso_online seed0")
+    assert needs.minutes(*long, 3) == 48 * 60 < 3 * needs.seconds(*long) / 60  # it goes on in the next attempt
+    own = tmp_path / "partitions.yaml"
+    own.write_text("partitions:\n  short: {max_runtime: 6h}\n  long: {max_runtime: 1-12}\n")
+    monkeypatch.setattr(resources, "PARTITIONS", own)
+    assert Needs(needs.config).minutes(*long) == 36 * 60
 
 
 def test_memory_holds_the_weights_twice(needs):
