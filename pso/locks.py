@@ -39,7 +39,13 @@ def _locked(path: Path) -> Iterator[None]:
     handle, by_kernel = _open(path)
     try:
         _refuse_if_beating(handle, path, by_kernel)
-        with _beats(handle):
+        who = {"machine": _machine(), "holder": secrets.token_hex(4)}
+        _beat(handle, who, 1)
+        if not by_kernel:  # of two that began at once, the last to write is in
+            time.sleep(BEAT_S)
+            if _read(handle).get("holder") != who["holder"]:
+                raise _refusal(path)
+        with _beats(handle, who):
             try:
                 yield
             finally:
@@ -106,19 +112,22 @@ def _machine() -> str:
     return digest(os.uname().nodename)
 
 
+def _beat(handle: int, who: dict, number: int) -> None:
+    with contextlib.suppress(OSError):  # a full disk must not end the run here
+        os.pwrite(handle, json.dumps({**who, "beat": number}).ljust(200).encode(), 0)
+
+
 @contextlib.contextmanager
-def _beats(handle: int) -> Iterator[None]:
-    done, who = threading.Event(), {"machine": _machine(), "holder": secrets.token_hex(4)}
+def _beats(handle: int, who: dict) -> Iterator[None]:
+    done = threading.Event()
 
-    def beat() -> None:
-        number = 0
-        while not done.wait(BEAT_S if number else 0):
+    def go_on() -> None:
+        number = 1
+        while not done.wait(BEAT_S):
             number += 1
-            with contextlib.suppress(OSError):  # a full disk must not end the run here
-                content = json.dumps({**who, "beat": number}).ljust(200).encode()
-                os.pwrite(handle, content, 0)
+            _beat(handle, who, number)
 
-    thread = threading.Thread(target=beat, daemon=True)
+    thread = threading.Thread(target=go_on, daemon=True)
     thread.start()
     try:
         yield

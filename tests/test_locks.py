@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from conftest import ROOT, run, smoke_settings
@@ -124,6 +125,31 @@ def test_without_locks_of_the_kernel_beats_decide_on_any_machine(path, monkeypat
     path.write_text(json.dumps({"machine": machine or locks._machine(), "holder": "1", "beat": 7}))
     with locked(path):  # left by a holder that is silent
         pass
+
+
+def test_of_two_that_begin_at_once_without_locks_of_the_kernel_one_goes_on(path, monkeypatch):
+    def unsupported(handle, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    monkeypatch.setattr(locks, "SILENT_S", 0.3)
+    monkeypatch.setattr(locks, "BEAT_S", 0.3)
+    started = threading.Barrier(2)
+    monkeypatch.setattr(locks, "_refuse_if_beating", lambda *_: started.wait())  # both saw an empty file
+    found = []
+
+    def begin():
+        try:
+            with locked(path):
+                found.append("in")
+                time.sleep(1)
+        except UserError:
+            found.append("refused")
+
+    threads = [threading.Thread(target=begin) for _ in range(2)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert sorted(found) == ["in", "refused"]
 
 
 def test_a_file_that_is_no_lock_of_ours_is_no_holder(path):
