@@ -278,11 +278,15 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} d"
 
 
+def _hours(hours: float) -> str:
+    return f"{hours:.2f}" if hours >= 1 else f"{hours:.2g}"
+
+
 def _cells(row: dict) -> list[str]:
     state = row["state"]
     if state == "silent":
         state += f" since {time.strftime('%d %b %H:%M', time.localtime(row['since']))}"
-    each, hours = row["seconds_per_update"], f"{row['hours']:.2f}" if row["hours"] else ""
+    each, hours = row["seconds_per_update"], _hours(row["hours"]) if row["hours"] else ""
     if row["estimated_hours"] is not None:
         hours += f" of {row['estimated_hours']:.2f}"
     numbers = [row[name] for name in (*SHOWN, "reward")]
@@ -326,7 +330,7 @@ def _sums(found: dict, unit: str) -> list[str]:
     done, planned = (sum(row[key] for row in rows) for key in ("updates", "planned"))
     lines = [f"{found['scale']}: {len(rows)} runs, {counted or 'none'}; {done:,} of {planned:,} updates."]
     against = "" if found["estimated_hours"] is None else f", {found['estimated_hours']:.1f} estimated for all runs"
-    lines.append(f"Spent on tuning: {found['hours']:.2f} {unit}{against}.")
+    lines.append(f"Spent on tuning: {_hours(found['hours'])} {unit}{against}.")
     if found["before"]:
         lines.append("There: " + ", ".join(f"{r['rule']} {r['there']}/{r['wanted']}" for r in found["before"]) + ".")
     each = ", ".join(f"{what} {duration(seconds)}" for what, seconds in left.items())

@@ -45,7 +45,7 @@ HOST_MB = 6_000  # Python, torch, CUDA's context
 DATA_MB = 4_000  # pictures of a row group, decoded
 HELD = 2.0  # times its files: compositions are added up in float32, and a file is mapped while it is cast
 OWN_GB = 10.0  # weights of the user's own, whose size no entry tells
-UNCOUNTED_S = 24 * 3600.0  # a method with a SOURCE of the user's own
+UNCOUNTED_S = 24 * 3600.0  # a method with a SOURCE of the user's own; an hour at other sizes
 LIGHT = ("table", "diff", "judge", "draw", "sum_up", "leakage", "calibrate", "calibrate_model")
 LIGHT_S, LIGHT_MB = 600.0, 4_000  # of these, which are torch-free; the memory also of fetch
 VERIFY_S, VERIFY_MB = 1800.0, 16_000  # of verify_scorers, which is the same at every scale: measured 10 minutes
@@ -134,12 +134,12 @@ class Needs:
         if rule in LIGHT:
             return LIGHT_S + self._gb(self._data(rule, job)) / READ_GB_S
         item = self.work(rule, job)
+        if item.uncounted:
+            return UNCOUNTED_S if self.full else UNCOUNTED_S / 24
         if not self.full:
             return self._small(rule, item)
         if rule in ("fetch", "draw_weights"):
             return START_S + self._gb([job]) / FETCH_GB_S
-        if item.uncounted:
-            return UNCOUNTED_S
         read = self._gb([*self._weights(rule, job), *self._data(rule, job)]) / READ_GB_S
         updates = UPDATE_S * self._updates(job) if rule == "tune" else 0
         networks = self.speed.hours(self.flops.total(all_calls([item]))) * 3600

@@ -254,7 +254,6 @@ def test_what_vanishes_while_it_looks_is_not_missed(needs, tmp_path, monkeypatch
             path.unlink(missing_ok=True)
         raise FileNotFoundError
 
-    monkeypatch.setattr(progress, "last_lines", progress.last_lines)
     monkeypatch.setattr(progress.os, "listdir", gone)
     monkeypatch.setattr(progress, "open", gone, raising=False)
     row, pictures, _ = look(needs, tmp_path)

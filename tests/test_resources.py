@@ -128,6 +128,7 @@ def test_a_run_that_no_table_asks_for_has_the_same_limits(needs):
 def test_a_source_of_the_users_own_has_a_day(monkeypatch, paper):
     monkeypatch.setattr(campaign.work, "declared", lambda module: {"SOURCE": "mine:Pairs", "NEEDS_PRE": True})
     assert Needs(paper).minutes("tune", "preference sdxl sft seed0") == 2 * 24 * 60
+    assert Needs(load({"scale": "smoke"})).minutes("tune", "preference sdxl sft seed0") == 5 * 60
 
 
 def test_weights_of_the_users_own_need_no_entry(paper):
