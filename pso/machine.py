@@ -58,7 +58,7 @@ def gpus(config: Config, elsewhere: bool = False) -> list[Finding]:
     import torch
 
     if not torch.cuda.is_available():
-        reason = "no GPU is seen (on a login node that is as it should be: --gpu-elsewhere)"
+        reason = "no GPU is seen (as it should be on a login node: `python -m pso.doctor --gpu-elsewhere`)"
         return [Finding("GPU memory", need, "no GPU", reason)]
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     least = min(gpu.total_memory for gpu in found) / 2**30

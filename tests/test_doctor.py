@@ -250,7 +250,7 @@ def with_gpus(monkeypatch, *gib):
 @pytest.mark.parametrize(
     ("gib", "reason", "there"),
     [
-        ([], "no GPU is seen", "no GPU"),
+        ([], "no GPU is seen (as it should be on a login node: `python -m pso.doctor --gpu-elsewhere`)", "no GPU"),
         ([80], None, "a GPU 80 GiB"),
         ([80, 16], "a GPU has 16 GiB of the 24", "a GPU 80 GiB, a GPU 16 GiB"),
         ([24], None, "a GPU 24 GiB; enough with gradient checkpointing"),
