@@ -1,7 +1,8 @@
 """Stands on the PATH as `python` while tests watch the jobs of a workflow (tests/warm.py).
 
 Says which process runs a job, by a datagram to SHIM_STARTS, then becomes it; where SHIM_WARM is set, the job is forked
-from the warm process listening there instead, and this one waits for it and ends as it does.
+from the warm process listening there instead, and this one waits for it and ends as it does. pso.launch, which without
+GPUs does no more than become its program, is then left out.
 """
 
 import array
@@ -12,9 +13,14 @@ import socket
 import sys
 
 
+def program(argv: list[str]) -> list[str]:
+    """What a command line runs in the end, behind pso.launch."""
+    return argv[argv.index("-m", 1) :] if argv[:2] == ["-m", "pso.launch"] else argv
+
+
 def told(pid: int) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as starts:
-        starts.sendto(json.dumps({"pid": pid, "argv": sys.argv[1:]}).encode(), os.environ["SHIM_STARTS"])
+        starts.sendto(json.dumps({"pid": pid, "argv": program(sys.argv[1:])}).encode(), os.environ["SHIM_STARTS"])
 
 
 def hand_over(warm: str, argv: list[str], folder, environment: dict[str, str], files: list[int]) -> socket.socket:
@@ -33,7 +39,10 @@ def main() -> None:
     if not warm or argv[:1] != ["-m"]:
         told(os.getpid())
         os.execv(os.environ["SHIM_PYTHON"], [os.environ["SHIM_PYTHON"], *argv])
-    with hand_over(warm, argv[1:], os.getcwd(), dict(os.environ), [0, 1, 2]) as line, line.makefile() as answers:
+    with (
+        hand_over(warm, program(argv)[1:], os.getcwd(), dict(os.environ), [0, 1, 2]) as line,
+        line.makefile() as answers,
+    ):
         told(int(answers.readline()))
         status = int(answers.readline())
     if os.WIFSIGNALED(status):

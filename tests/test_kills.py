@@ -5,6 +5,7 @@ import json
 import pytest
 from kills import Plan, Training, settings, whole_run
 from same import differing, unfinished
+from shim import program
 from warm import warm
 
 EVERY, START_S = 4, 5.0  # updates between checkpoints; a process that imports torch
@@ -43,6 +44,11 @@ def test_kills_of_processes_started_as_users_do_change_nothing(smoke, undisturbe
 
 
 # ---- what is drawn and what is seen ----
+
+
+def test_the_program_behind_the_launcher_is_seen():
+    tune = ["-m", "pso.tune", "--seed", "0"]
+    assert program(["-m", "pso.launch", "--gpus", "1", "--cpus", "2", *tune]) == program(tune) == tune
 
 
 def test_the_plan_follows_from_seed_workflow_job_and_attempt():
