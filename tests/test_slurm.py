@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT
-from slurm_lab import FREEZER, Lab, alive, marked, missing, wait_until
+from slurm_lab import FREEZER, GPUS, Lab, alive, marked, missing, wait_until
 
 from pso.paths import LORA_FILE, run_dir
 from pso.provenance import atomic, write_json
@@ -237,10 +237,10 @@ def disturb(lab: Lab, job: str, what: str, one: psutil.Process) -> bool:
     if what == "requeue":
         lab.run("scontrol", "requeue", job)
         return True
+    one.send_signal(signal.SIGSTOP)  # it hangs; SLURM wakes it before it ends it
     if what == "scancel":
         lab.run("scancel", job)
     else:
-        one.send_signal(signal.SIGSTOP)  # it hangs; SLURM wakes it before it ends it
         lab.expire(job)
     wait_until(lambda: lab.state(job) not in ("RUNNING", "COMPLETING"), 120, f"the job is ended by {what}")
     return lab.state(job) == ENDED[what]
@@ -292,7 +292,8 @@ def overhead(lab: Lab, folder: Path, seconds: float, disturbed: set[str]) -> dic
         "seconds_added": {"median": statistics.median(both), "mean": mean, "max": max(both)},
         "before": {"median": statistics.median(before), "max": max(before)},
         "after": {"median": statistics.median(after), "max": max(after)},
-        "cpus": os.cpu_count(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "gpus": GPUS,
         "load_average_15_minutes": round(os.getloadavg()[2], 1),
         "slurm": lab.run("sinfo", "--version"),
         "versions": {name: version(name) for name in ("snakemake", "snakemake-executor-plugin-slurm")},
@@ -309,9 +310,10 @@ def record(figures: dict) -> None:
     made = ", ".join(f"{name} {number}" for name, number in figures["versions"].items())
     paragraphs = [
         "# What a job of SLURM costs beside its program",
-        "The smoke workflow through `workflow/profiles/slurm` on a SLURM of one node with two GPUs that are none, "
-        f"on {figures['cpus']} CPUs, three jobs disturbed (scancel, time limit, requeue): {figures['jobs']} jobs of "
-        f"SLURM in {figures['seconds']} s. Of {figures['jobs_measured']} tuning jobs that nothing happened to:",
+        "The smoke workflow through `workflow/profiles/slurm` on a SLURM of one node on loopback, three jobs disturbed "
+        f"(scancel, time limit, requeue): {figures['jobs']} jobs of SLURM in {figures['seconds']} s on CPUs: "
+        f"{figures['cpus']}, jobs with a (fake) GPU at a time: {figures['gpus']}. Of {figures['jobs_measured']} tuning "
+        "jobs that nothing happened to:",
         f"| seconds | median | max |\n|:--|--:|--:|\n{table}",
         f"The mean is {figures['seconds_added']['mean']} s: two starts of Snakemake, one inside of the other. Times of "
         "SLURM and Snakemake are whole seconds. Snakemake asked after its jobs twice a second; by default the plugin "
@@ -343,6 +345,8 @@ def test_the_whole_workflow_with_jobs_killed_gives_the_results_of_a_quiet_local_
     states = {one["id"]: one["state"] for one in lab.jobs()}
     assert states[done["requeue"]] == "COMPLETED"  # under its old number
     assert f"SLURM-job '{done['time limit']}' failed, SLURM status is: 'TIMEOUT'" in said
+    logs = [path.read_text() for path in tmp_path.rglob("tune.log")]
+    assert any("SIGTERM: stopped after update" in log and "continuing after update" in log for log in logs)
     local = results(smoke)
     assert len(local) > 60 and {"tables/table2.csv", "claims.md"} <= set(local)
     assert set(results(tmp_path)) == set(local)
