@@ -22,7 +22,7 @@ def run(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.Compl
     """A command as a user would give it, with this interpreter first on the PATH."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=1200)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=3000)
 
 
 def snakemake(
