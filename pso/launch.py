@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pso.provenance import UserError, sentences
@@ -92,6 +92,15 @@ def step_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name in KEPT or not name.startswith(prefixes)}
 
 
+def cpus_of(job: str, wanted: Wanted, environment: Mapping[str, str]) -> Wanted:
+    """With the CPU cores that the job has for a task: a rule knows only its threads, which are one for each process."""
+    said = environment.get("SLURM_CPUS_PER_TASK")
+    if said is None and shutil.which("squeue", path=environment.get("PATH")):  # an mpi job does not say it
+        asked = ["squeue", "-h", "-j", job, "-O", "cpus-per-task"]
+        said = subprocess.run(asked, env=dict(environment), capture_output=True, text=True).stdout.strip()
+    return replace(wanted, cpus=max(wanted.cpus, int(said) if said and said.isdecimal() else 0))
+
+
 # ---- GPUs ----
 
 
@@ -156,6 +165,8 @@ def take(count: int, devices: list[str], folder: Path) -> list[str]:
 def command(wanted: Wanted, environment: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
     """What is executed in the place of this process, and with which environment."""
     job = environment.get("SLURM_JOB_ID") if shutil.which("srun", path=environment.get("PATH")) else None
+    if job is not None:
+        wanted = cpus_of(job, wanted, environment)
     if wanted.nodes > 1:
         if job is None:
             how = "use --workflow-profile workflow/profiles/slurm, or nodes=1"

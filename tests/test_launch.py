@@ -62,6 +62,16 @@ def test_in_slurm_the_program_gets_a_step_of_its_own(tmp_path, monkeypatch):
     assert environment["SLURM_JOB_ID"] == "20007" and environment["SLURM_CONF"] == "c" and environment["HOME"] == "h"
 
 
+def test_a_step_has_all_cores_of_its_job(tmp_path, monkeypatch):
+    words, _ = command(Wanted("eval.score"), in_slurm(tmp_path, SLURM_CPUS_PER_TASK="6"))
+    assert "-c6" in words
+    here = in_slurm(tmp_path)
+    (tmp_path / "squeue").write_text('#!/bin/sh\n[ "$*" = "-h -j 20007 -O cpus-per-task" ] && echo "8   "\n')
+    (tmp_path / "squeue").chmod(0o755)
+    words, _ = command(Wanted("pso.tune", gpus=2, nodes=2), here)
+    assert "-c8" in words
+
+
 def test_in_slurm_without_gpus_none_is_asked_for(tmp_path):
     words, _ = command(Wanted("eval.score"), in_slurm(tmp_path))
     assert not any(word.startswith("--gpus") for word in words)
@@ -253,7 +263,8 @@ def test_groups_and_settings_of_the_profile_name_rules_that_exist():
     profile = yaml.safe_load((PROFILES / "slurm" / "config.yaml").read_text())
     gpus = {name for name, text in rules().items() if "gpu=" in text}
     assert set(profile["set-resources"]) == gpus  # so that all have what is set for GPUs
-    named = {*profile["groups"], *profile["set-resources"], *profile["set-threads"]}
+    named = {*profile["groups"], *profile["set-resources"]}
+    assert "set-threads" not in profile  # Snakemake gives a job OMP_NUM_THREADS=threads
     published = {f"hub_published_{name}" for name in ("dpo", "mapo", "spo")}
     assert named - published <= set(rules())
     assert set(profile["group-components"]) <= set(profile["groups"].values())

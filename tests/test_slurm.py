@@ -171,7 +171,8 @@ if first.item():
 total = torch.tensor([float(rank)])
 dist.all_reduce(total)
 if rank == 0:
-    Path(f"{name}.done").write_text(f"{world} {total.item():.0f} {os.environ['LOCAL_WORLD_SIZE']}")
+    said = [os.environ[name] for name in ("LOCAL_WORLD_SIZE", "SLURM_CPUS_PER_TASK")]
+    Path(f"{name}.done").write_text(" ".join([str(world), f"{total.item():.0f}", *said]))
 dist.destroy_process_group()
 """
 # the launcher itself, which here starts another program than pso.tune on several GPUs
@@ -190,7 +191,8 @@ rule one:
     shell: SHELL + " 2>&1 | tee one.log"
 rule two:
     output: "two.done"
-    resources: gpu=2, nodes=2, tasks=2, tasks_per_gpu=0, mpi="srun", gres="gpu:1", slurm_partition="all"
+    resources:
+        gpu=2, nodes=2, tasks=2, tasks_per_gpu=0, mpi="srun", gres="gpu:1", slurm_partition="all", cpus_per_task=3
     shell: SHELL + " 2>&1 | tee two.log"
 """
 
@@ -211,8 +213,8 @@ def test_one_run_on_two_gpus_and_on_two_nodes_is_saved_by_all_its_processes(lab,
                 (tmp_path / f"{name}.ready{rank}").unlink()
     finally:
         finish(driver, tmp_path, 180)
-    assert (tmp_path / "one.done").read_text() == "2 1 2"
-    assert (tmp_path / "two.done").read_text() == "2 1 1"
+    assert (tmp_path / "one.done").read_text() == "2 1 2 1"
+    assert (tmp_path / "two.done").read_text() == "2 1 1 3"
 
 
 # ---- the whole workflow ----
