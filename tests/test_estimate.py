@@ -21,6 +21,7 @@ from pso.mdp import Euler, Renoise
 from pso.policy import Policy
 from pso.probe import Probe
 from pso.provenance import UserError, versions
+from pso.ranks import Ranks
 from pso.sources import Given
 from pso.tune import Run, method_of
 from pso.work import Call
@@ -70,7 +71,7 @@ def ran(tmp_path, method: str, tune: dict, objective: dict, guidance: float, cha
         seen["decoded"] += len(latents)
         return decode(self, latents)
 
-    def prepare(run, hub, device):
+    def prepare(run, hub, ranks):
         module, cfg, source = method_of(run)
         prompts, condition = toy.TEXTS, policy.encode_prompts(toy.TEXTS)
         tuning, reward = run.entry.tune, Reward()
@@ -87,7 +88,7 @@ def ran(tmp_path, method: str, tune: dict, objective: dict, guidance: float, cha
         patch.object(loop, "prepare", prepare),
         patch.object(Hub, "inputs", lambda self: []),
     ):
-        loop.tune(run, Accelerator(cpu=True))
+        loop.tune(run, Ranks(Accelerator(cpu=True)))
     return json.loads((tmp_path / "run.json").read_text()), seen
 
 
