@@ -46,7 +46,8 @@ JOBS = {
     "figures": ("eval.figures",),
     "cost": ("eval.cost",),
 }
-ASKED = settings(("pso_online",), 4, 2, 1, (*SLOW, "aesthetic_score", "diversity", "sharpness_ratio"))
+MORE = ("clip_score", "aesthetic_score", "sharpness", "drift", "diversity", "sharpness_ratio")
+ASKED = settings(("pso_online",), 4, 2, 1, (*SLOW, *MORE))  # scored by PickScore alone: as many writes as it takes
 FEW = 40  # calls of a job that all fail in every way; of one with more each fails in one
 OLD = b"of before\n"  # what a file held that the job writes anew
 SHARED = ("hub",)
@@ -205,8 +206,11 @@ class Result:
     problems: list[str] = field(default_factory=list)
 
 
-def inject(python: str, folder: Path, hub: Path, names: list[str], each: int | None, seed: int, cores: int) -> Result:
-    """Faults in so many calls of each of these jobs, in all if None; calls and kinds drawn by the seed."""
+def inject(
+    python: str, folder: Path, hub: Path, names: list[str], each: int | None, seed: int, cores: int
+) -> Iterator[Result]:
+    """Faults in so many calls of each of these jobs, in all if None; calls and kinds drawn by the seed. What was found
+    so far, after each job."""
     jobs, result = Jobs(python, ASKED), Result()
     for stage in jobs.stages(folder, hub, names):
         drawn = random.Random(f"{seed}/{stage.job}")
@@ -221,7 +225,7 @@ def inject(python: str, folder: Path, hub: Path, names: list[str], each: int | N
                 print(*found, sep="\n", end="\n" if found else "", flush=True)
         print(f"{stage.job}: {len(stage.calls)} calls, {len(cases)} faults, {time.monotonic() - began:.0f} s, "
               f"{len(result.problems)} problems so far", flush=True)  # fmt: skip
-    return result
+        yield result
 
 
 def main() -> None:
@@ -240,10 +244,10 @@ def main() -> None:
         python = stack.enter_context(warm(LD_PRELOAD=str(library(folder))))
         hub = args.hub or whole_run(folder / "hub", None, ASKED, args.cores, python).base
         each = None if args.all else args.each
-        found = inject(python, folder, hub.resolve(), args.jobs, each, args.seed, args.cores)
-    told = {"calls": found.calls, "faults": found.cases, "problems": found.problems, "kinds": KINDS, "seed": args.seed}
-    told |= {"seconds": round(time.monotonic() - began), "code": code_state(), "versions": versions()}
-    write_json(args.out, told)
+        for found in inject(python, folder, hub.resolve(), args.jobs, each, args.seed, args.cores):
+            told = {"calls": found.calls, "faults": found.cases, "problems": found.problems}
+            told |= {"kinds": KINDS, "seed": args.seed, "seconds": round(time.monotonic() - began)}
+            write_json(args.out, told | {"code": code_state(), "versions": versions()})
     sys.exit(1 if found.problems else 0)
 
 

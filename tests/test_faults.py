@@ -20,7 +20,7 @@ def preloaded(tmp_path_factory):
 
 def test_no_write_that_fails_leaves_a_partial_file(smoke, preloaded, tmp_path):
     with warm(LD_PRELOAD=str(preloaded)) as python:
-        found = inject(python, tmp_path.resolve(), (smoke / "results/smoke").resolve(), list(JOBS), 3, 0, 2)
+        *_, found = inject(python, tmp_path.resolve(), (smoke / "results/smoke").resolve(), list(JOBS), 3, 0, 2)
     assert found.problems == []
     assert set(found.cases) == set(JOBS) and all(found.cases.values())
     assert {"open", "write", "fsync", "rename"} <= set(found.calls["tune"])
