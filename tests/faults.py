@@ -228,6 +228,15 @@ def inject(
         yield result
 
 
+def others(path: Path, names: list[str]) -> dict:
+    """What was written before of other jobs and the same code: hours of one job after the other need not be one run."""
+    nothing = {"calls": {}, "faults": {}, "problems": [], "seconds": 0}
+    told = json.loads(path.read_text()) if path.exists() else nothing
+    if told.get("code") != code_state() or set(names) & set(told["calls"]):
+        return nothing
+    return told
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--all", action="store_true", help="every call; else --each of every job")
@@ -244,9 +253,11 @@ def main() -> None:
         python = stack.enter_context(warm(LD_PRELOAD=str(library(folder))))
         hub = args.hub or whole_run(folder / "hub", None, ASKED, args.cores, python).base
         each = None if args.all else args.each
+        before = others(args.out, args.jobs)
         for found in inject(python, folder, hub.resolve(), args.jobs, each, args.seed, args.cores):
-            told = {"calls": found.calls, "faults": found.cases, "problems": found.problems}
-            told |= {"kinds": KINDS, "seed": args.seed, "seconds": round(time.monotonic() - began)}
+            told = {"calls": before["calls"] | found.calls, "faults": before["faults"] | found.cases}
+            told |= {"problems": before["problems"] + found.problems, "kinds": KINDS, "seed": args.seed}
+            told |= {"seconds": before["seconds"] + round(time.monotonic() - began)}
             write_json(args.out, told | {"code": code_state(), "versions": versions()})
     sys.exit(1 if found.problems else 0)
 

@@ -40,22 +40,34 @@ def test_shares_tile_the_rows_as_equally_as_can_be(rows, count):
 # ---- the toy policy in three processes ----
 
 
+def worked(out, *launched: str) -> tuple[list[dict], list[dict], list[dict]]:
+    """Gradients, losses and what was told, of each process of the worker."""
+    done = run("python", *launched, rank_worker.__file__, str(out), PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    count = len(list(out.glob("told*.json")))
+    read = lambda name, k: json.loads((out / f"{name}{k}.json").read_text())  # noqa: E731
+    gradients = [torch.load(out / f"gradients{k}.pt", weights_only=True) for k in range(count)]
+    return gradients, [read("losses", k) for k in range(count)], [read("told", k) for k in range(count)]
+
+
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
     """What three processes found; four pairs are shared out as 2, 1 and 1."""
-    out = tmp_path_factory.mktemp("three")
-    done = run("python", *launcher(THREE), rank_worker.__file__, str(out), PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
-    assert done.returncode == 0, done.stderr[-3000:]
-    read = lambda name, k: json.loads((out / f"{name}{k}.json").read_text())  # noqa: E731
-    gradients = [torch.load(out / f"gradients{k}.pt", weights_only=True) for k in range(THREE)]
-    return gradients, [read("losses", k) for k in range(THREE)], [read("told", k) for k in range(THREE)], done.stderr
+    return worked(tmp_path_factory.mktemp("three"), *launcher(THREE))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The same of one process, as fresh as they are: other tests change the precision of the toy's parts."""
+    gradients, losses, _ = worked(tmp_path_factory.mktemp("alone"))
+    return gradients[0], losses[0]
 
 
 @pytest.mark.parametrize("micro_batch", [100, 2])
 @pytest.mark.parametrize("name", ["pso_offline", "pso_online", "rpo"])
-def test_gradient_loss_and_log_are_those_of_one_process(three, name, micro_batch):
-    gradients, losses, *_ = three
-    one, value, logged = gradient(case(name, 100, Ranks()), name)
+def test_gradient_loss_and_log_are_those_of_one_process(three, alone, name, micro_batch):
+    gradients, losses, _ = three
+    one, (value, logged) = alone[0][f"{name} 100"], alone[1][f"{name} 100"]
     for k in range(THREE):
         found = gradients[k][f"{name} {micro_batch}"]
         assert one.norm() > 0 and (found - one).norm() < 1e-5 * one.norm()
@@ -81,9 +93,9 @@ def test_a_loss_that_saw_its_own_share_alone_would_differ(three):
     assert (sum(grads) - one).norm() > 1e-2 * one.norm()
 
 
-def test_memory_that_runs_out_in_one_process_shrinks_all_and_changes_nothing(three):
-    gradients, losses, told, log = three
-    one, value, _ = gradient(case("pso_offline", 100, Ranks()), "pso_offline")
+def test_memory_that_runs_out_in_one_process_shrinks_all_and_changes_nothing(three, alone):
+    gradients, losses, told = three
+    one, (value, _) = alone[0]["pso_offline 100"], alone[1]["pso_offline 100"]
     assert [t["micro_batch"] for t in told] == [6, 3, 3]  # half of the 12, 6 and 6 rows that they have
     for k in range(THREE):
         assert (gradients[k]["out of memory"] - one).norm() < 1e-5 * one.norm()
@@ -91,7 +103,7 @@ def test_memory_that_runs_out_in_one_process_shrinks_all_and_changes_nothing(thr
 
 
 def test_tensors_lists_counts_and_flags_are_those_of_all(three):
-    *_, told, _ = three
+    *_, told = three
     for one in told:
         assert one["whole"] == list(range(8)) and one["flags"] == [True, False] * 4
         assert one["lists"] == ["0a", "0b", "1a", "2a", "2b"]
