@@ -1,13 +1,12 @@
 """train.jsonl: one line per update and per probe, and a progress line on the console now and then. Torch-free."""
 
-import contextlib
 import json
 import logging
-import os
 import time
 from pathlib import Path
 
-from pso.provenance import UserError, atomic
+from pso.provenance import atomic
+from pso.timeline import append
 
 log = logging.getLogger("tune")
 PROGRESS_S = 10.0  # seconds between progress lines
@@ -26,17 +25,7 @@ class Journal:
 
     def write(self, entry: dict) -> None:
         """One line, whole or not at all."""
-        size = self.path.stat().st_size
-        try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(entry) + "\n")
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.truncate(self.path, size)
-            raise UserError(
-                f"could not write {self.path}: {error.strerror or error}; its earlier lines are kept. "
-                "Make room, then run the same command again."
-            ) from error
+        append(self.path, entry)
 
     def update(self, done: int, values: dict) -> None:
         self.last = values
