@@ -23,6 +23,7 @@ from pso.paths import LORA_FILE
 from pso.provenance import UserError, atomic
 
 ADAPTER = "theta"
+SHORT = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -112,14 +113,14 @@ class Policy:
         """eps_theta, or eps_pre with `pre`, at x_n.
 
         n [...] CPU, x [..., C, H, W], condition with one row per element of n (flattened order).
-        Returns float32 of x's shape. pre runs without a graph and with the adapter off.
+        Returns float32 (of a float64 network float64) of x's shape. pre runs without a graph and with the adapter off.
         """
         shape, flat = x.shape, x.reshape(-1, *x.shape[-3:])
         t = chain.time(n).reshape(-1).to(flat.device)
         shown = chain.scale_input(n.reshape(-1), flat)
         with self.without_adapter() if pre else contextlib.nullcontext():
             eps = self._network(shown, t, condition)
-        return eps.float().reshape(shape)
+        return eps.to(torch.promote_types(eps.dtype, torch.float32)).reshape(shape)
 
     def guided_eps(self, chain: Chain, n: Tensor, x: Tensor, condition: Conditioning, pre: bool = False) -> Tensor:
         """What the sampler steps by: classifier-free guidance where guidance_scale > 1 (diffusers' rule), else eps.
@@ -138,7 +139,7 @@ class Policy:
         time_ids = shown.new_tensor([size, size, 0.0, 0.0, size, size]).expand(len(shown), 6)
         self.unet_forwards += len(shown)
         dtype = self.unet.dtype
-        with torch.autocast(shown.device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(shown.device.type, dtype, enabled=dtype in SHORT):
             return self.unet(
                 shown.to(dtype),
                 t,
@@ -191,7 +192,7 @@ class Policy:
                 LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights="gaussian"), ADAPTER
             )
         for parameter in self.lora_parameters():
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
     def gradient_checkpointing(self, on: bool) -> None:
         """Form most activations once more in the backward pass instead of keeping them."""
