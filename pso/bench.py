@@ -1,4 +1,4 @@
-"""Speed and work, written to results/benchmarks/: python -m pso.bench score|count|pairs [options].
+"""Speed and work, written to results/benchmarks/: python -m pso.bench BENCHMARK [options].
 
 A benchmark is a module with add_arguments(parser), run(args) -> figures, or None where there is nothing to keep, and
 text(told) -> markdown; found by its dotted path as methods are: this package imports neither eval nor baselines.
@@ -14,7 +14,14 @@ from pathlib import Path
 from pso.paths import RESULTS
 from pso.provenance import atomic, code_state, hardware, sentences, versions, write_json
 
-BENCHMARKS = {"score": "eval.bench_score", "count": "pso.bench_count", "pairs": "pso.bench_pairs"}
+BENCHMARKS = {
+    "score": "eval.bench_score",
+    "count": "pso.bench_count",
+    "pairs": "pso.bench_pairs",
+    "ceiling": "pso.bench_ceiling",
+    "sample": "pso.bench_sample",
+    "decode": "pso.bench_decode",
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
