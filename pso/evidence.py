@@ -31,16 +31,19 @@ class Side:
     """B samples x S transitions, before the network has seen them.
 
     n [B, S] CPU LongTensor; x = x_n and answer, both [B, S, C, H, W]: the noise eps that made x_n
-    (forward) or the next state x_{n-1} (reverse).
+    (forward) or the next state x_{n-1} (reverse). keys [B, S] CPU LongTensor: a number for all that pre's error is a
+    function of, beside the model and the data (pso/memo.py); of sources that know it.
     """
 
     process: str  # "forward" or "reverse"
     n: Tensor
     x: Tensor
     answer: Tensor
+    keys: Tensor | None = None
 
     def rows(self, index) -> "Side":
-        return Side(self.process, self.n[index], self.x[index], self.answer[index])
+        keys = None if self.keys is None else self.keys[index]
+        return Side(self.process, self.n[index], self.x[index], self.answer[index], keys)
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,22 @@ def gather(chain: Chain, side: Side, eps_theta: Tensor, eps_pre: Tensor | None, 
     else:
         ratio = forward_ratio(chain, side, eps_theta, eps_pre, cfg)
     return Evidence(ratio=ratio, kl=divergence)
+
+
+def squared_error(side: Side, eps: Tensor) -> Tensor:
+    """|eps - eps_hat|^2 of the forward process, summed over latent elements in float64 [B, S]."""
+    return ((side.answer.double() - eps.double()) ** 2).sum((-3, -2, -1))
+
+
+def gather_remembered(side: Side, eps_theta: Tensor, pre_error: Tensor, cfg: EvidenceConfig) -> Evidence:
+    """The ratio by `squared_error` of pre instead of its prediction; there is no KL then.
+
+    Two nearly equal numbers are subtracted, which float64 bears: the difference is right to 1e-15 of the error.
+    """
+    gained = pre_error - squared_error(side, eps_theta)
+    if cfg.reduction == "mean":
+        gained = gained / math.prod(side.answer.shape[-3:])
+    return Evidence(ratio=gained.to(eps_theta.dtype))
 
 
 def log_sigmoid_loss(margin_BS: Tensor, beta: float, timestep_mode: str) -> Tensor:

@@ -113,8 +113,20 @@ class PreferencePairs(_Latents):
     def batch(self, update: int) -> Batch:
         index = self.samples(update)
         n, shares_eps = self.steps(update, index), getattr(self.cfg, "pair_shares_eps", True)
-        target, reference = (self.noised(side, update, index, n, shares_eps) for side in ("target", "reference"))
-        return Batch(self.prompts(update, index), target, reference)
+        prompts, sides = self.prompts(update, index), []
+        for side in ("target", "reference"):
+            made = self.noised(side, update, index, n, shares_eps)
+            sides.append(replace(made, keys=self.keys(side, update, index, n, prompts, shares_eps)))
+        return Batch(prompts, *sides)
+
+    def keys(self, side: str, update: int, index: list[int], n: Tensor, prompts: Tensor, shares_eps: bool) -> Tensor:
+        """All that decides x_n, eps and the text of a row, beside the data: with it pre's error is known [B, S]."""
+        whose = "pair" if shares_eps or side == "target" else side
+        found = [
+            [keyed_seed(self.given.seed, "eps", whose, side, update, i, step, prompt) for step in steps]
+            for i, steps, prompt in zip(index, n.tolist(), prompts.tolist(), strict=True)
+        ]
+        return torch.tensor(found)
 
 
 class ContrastPairs(PreferencePairs):
