@@ -43,37 +43,44 @@ class Memo:
     def __init__(self, folder: Path, name: str):
         self.path = folder / f"{name}.safetensors"
         self.keys, self.errors = _read_all(folder)
-        self.made: dict[int, float] = {}  # since this process started
         self.own = _read(self.path)
-        self.written = 0  # of `made`
-        self.hits = 0
+        self.made: dict[int, float | None] = {}  # since this process started; None: still in `pending`
+        self.pending: list[tuple[list[int], Tensor]] = []  # on their device: nothing here waits for the network
+        self.hits, self.written = 0, 0
 
     def __call__(self, keys: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
-        """Errors of rows with these keys [R], float64 on the CPU; `make` is asked for those (by place) not known."""
-        found, missing = np.empty(len(keys)), []
-        for place, key in enumerate(keys.tolist()):
-            known = self._known(key)
-            if known is None:
-                missing.append(place)
-            else:
-                found[place] = known
+        """Errors of rows with these keys [R], float64; `make` is asked for those (by place) that are not known."""
+        known = [self._known(key) for key in keys.tolist()]
+        missing = torch.tensor([place for place, error in enumerate(known) if error is None], dtype=torch.long)
         self.hits += len(keys) - len(missing)
-        if missing:
-            made = make(torch.tensor(missing)).double().cpu().numpy()
-            found[missing] = made
-            self.made |= zip(keys[missing].tolist(), made.tolist(), strict=True)
-        return torch.from_numpy(found)
+        found = torch.tensor([0.0 if error is None else error for error in known], dtype=torch.float64)
+        if not len(missing):
+            return found
+        made, asked = make(missing).double(), keys[missing].tolist()
+        self.pending.append((asked, made))
+        self.made |= dict.fromkeys(asked)
+        found = found.to(made.device)
+        found[missing.to(made.device)] = made
+        return found
 
     def _known(self, key: int) -> float | None:
         place = int(np.searchsorted(self.keys, key))
         if place < len(self.keys) and self.keys[place] == key:
             return float(self.errors[place])
+        if key in self.made and self.made[key] is None:
+            self._fetch()
         return self.made.get(key)
+
+    def _fetch(self) -> None:
+        for keys, errors in self.pending:
+            self.made |= dict(zip(keys, errors.tolist(), strict=True))
+        self.pending = []
 
     def write(self) -> None:
         """This process's file, with what it held before; nothing if there is nothing new."""
         if len(self.made) == self.written:
             return
+        self._fetch()
         whole = {**self.own, **self.made}
         keys = torch.tensor(sorted(whole))
         errors = torch.tensor([whole[key] for key in keys.tolist()], dtype=torch.float64)
