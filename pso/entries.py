@@ -49,6 +49,7 @@ class TuneConfig(Strict):
     weight_decay: Annotated[float, Field(ge=0)] = 1.0e-6
     max_grad_norm: PositiveFloat = 1.0
     micro_batch: PositiveInt = 256  # rows of a network call, in training and in sampling; changes no result
+    pre_memo: bool = False  # pre's errors are shared with other runs of the same model, data and seed (pso/memo.py)
     checkpoint_every: PositiveInt = 100
     probe_every: PositiveInt = 100  # updates between measurements of KL and reward of the sampler
     probe_prompts: PositiveInt = 16

@@ -60,6 +60,7 @@ class Loop:
                     self.keep(done)
                 if asked and not last:
                     self.stop(done, stopping.asked or "a signal to another process")
+        self.remember()
         return self.counts()
 
     def update(self, number: int) -> None:
@@ -87,10 +88,16 @@ class Loop:
 
     def keep(self, done: int) -> None:
         """A checkpoint; all processes count."""
+        self.remember()
         forwards = self.ranks.total(self.given.policy.unet_forwards)
         if self.ranks.main:
             self.checkpoints.meter.counts = {"unet_forwards": forwards}
             self.checkpoints.save(done, self.given.policy, self.optimizer, self.source)
+
+    def remember(self) -> None:
+        """Each process writes what it found out about pre."""
+        if self.objective.memo is not None:
+            self.objective.memo.write()
 
     def stop(self, done: int, signal: str) -> None:
         if self.ranks.main:
@@ -104,6 +111,8 @@ class Loop:
 
     def counts(self) -> dict[str, int]:
         found = {"unet_forwards": self.ranks.total(self.given.policy.unet_forwards)}
+        if self.objective.memo is not None:
+            found |= {name: self.ranks.total(count) for name, count in self.objective.memo.counts().items()}
         queries = getattr(self.source, "reward_queries", None)
         return found if queries is None else found | {"reward_queries": queries}
 

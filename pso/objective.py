@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from pso.entries import EvidenceConfig
-from pso.evidence import Batch, Evidence, Side, gather
+from pso.evidence import Batch, Evidence, Side, gather, gather_remembered, squared_error
 from pso.mdp import Chain
+from pso.memo import Memo
 from pso.memory import Plan, choose
 from pso.policy import Conditioning, Policy
 from pso.provenance import UserError
@@ -26,7 +27,15 @@ COLUMNS = ("ratio", "raw", "kl")
 
 def flatten(side: Side) -> Side:
     """[B, S] -> [B * S, 1]: one row per network call."""
-    return Side(side.process, side.n.reshape(-1, 1), side.x.flatten(0, 1)[:, None], side.answer.flatten(0, 1)[:, None])
+    keys = None if side.keys is None else side.keys.reshape(-1, 1)
+    x, answer = side.x.flatten(0, 1)[:, None], side.answer.flatten(0, 1)[:, None]
+    return Side(side.process, side.n.reshape(-1, 1), x, answer, keys)
+
+
+def joined(chunks: list[Side]) -> Side:
+    """Sides of keyed rows, one after the other."""
+    columns = (torch.cat([getattr(chunk, name) for chunk in chunks]) for name in ("n", "x", "answer", "keys"))
+    return Side(chunks[0].process, *columns)
 
 
 class Call(NamedTuple):
@@ -48,6 +57,7 @@ class Objective:
     chain: Chain
     micro_batch: int
     ranks: Ranks = field(default_factory=Ranks)
+    memo: Memo | None = None  # of pre's errors
     plan: Plan | None = None  # of the memory, made at the first update
     rows: int = 0  # of this process in an update
 
@@ -55,16 +65,29 @@ class Objective:
         fields = {k: v for k, v in self.cfg.model_dump().items() if k in EvidenceConfig.model_fields}
         return EvidenceConfig(**fields)
 
-    def evidence(self, call: Call, condition: Conditioning, eps_pre: Tensor | None) -> list[Evidence]:
+    def evidence(self, call: Call, condition: Conditioning, pre: Tensor | None) -> list[Evidence]:
         """Of each chunk, by one forward of theta."""
-        eps = self._eps(call, condition)
+        eps, cfg = self._eps(call, condition), self.evidence_cfg()
         lengths = [len(c.n) for c in call.chunks]
-        pres = [None] * len(lengths) if eps_pre is None else eps_pre.split(lengths)
+        pres = [None] * len(lengths) if pre is None else pre.split(lengths)
         parts = zip(call.chunks, eps.split(lengths), pres, strict=True)
-        return [gather(self.chain, chunk, theta, pre, self.evidence_cfg()) for chunk, theta, pre in parts]
+        if self.memo is not None:
+            return [gather_remembered(chunk, theta, error, cfg) for chunk, theta, error in parts]
+        return [gather(self.chain, chunk, theta, eps_pre, cfg) for chunk, theta, eps_pre in parts]
 
     def pre(self, call: Call, condition: Conditioning) -> Tensor | None:
-        return self._eps(call, condition, pre=True) if self.module.NEEDS_PRE else None
+        """eps_pre of a call's rows; with the memo their errors [R, 1]."""
+        if not self.module.NEEDS_PRE:
+            return None
+        if self.memo is None:
+            return self._eps(call, condition, pre=True)
+
+        def made(rows: Tensor) -> Tensor:
+            asked = Call([whole.rows(rows)], call.prompts[rows], [])
+            return squared_error(asked.chunks[0], self._eps(asked, condition, pre=True)).flatten()
+
+        whole = joined(call.chunks)
+        return self.memo(whole.keys.flatten(), made)[:, None].to(self.policy.device)
 
     def _eps(self, call: Call, condition: Conditioning, pre: bool = False) -> Tensor:
         """Of the sampler for steps that it took (with guidance, where it has one), else of the bare network."""

@@ -33,11 +33,12 @@ from pso.journal import Journal
 from pso.locks import locked
 from pso.loop import Loop
 from pso.mdp import Chain
+from pso.memo import Memo, identity, refuse
 from pso.memory import sample_batch
 from pso.models import chain_for, load_metric, load_policy
 from pso.objective import Objective
 from pso.params import kept_params, run_modules
-from pso.paths import LORA_FILE, RESULTS, run_dir, subject_of
+from pso.paths import LORA_FILE, RESULTS, run_dir, scale_dir, subject_of
 from pso.policy import Policy
 from pso.probe import Probe
 from pso.provenance import Meter, atomic, digest, fingerprint, fingerprints, record, sentences, write_json
@@ -107,7 +108,20 @@ def method_of(run: Run) -> tuple[ModuleType, BaseModel, Callable]:
             )
     dotted = module.SOURCE if ":" in module.SOURCE else f"{sources.__name__}:{module.SOURCE}"
     source = import_module(dotted, f"SOURCE in {entry.module}")
-    return module, check(module.Config, entry.objective, f"{where}.objective"), source
+    cfg = check(module.Config, entry.objective, f"{where}.objective")
+    if entry.tune.pre_memo:
+        refuse(run.method, module, source, cfg)
+    return module, cfg, source
+
+
+def memo_of(run: Run, given: sources.Given, source, ranks: Ranks) -> Memo | None:
+    """What runs of this model, data and code found out about pre; a file of this run's own for what it finds out."""
+    if not run.entry.tune.pre_memo:
+        return None
+    whose = identity(given.policy, source.chain, lasting(given.pairs.inputs, given), type(source), given.cfg)
+    folder = scale_dir(run.config.scale, run.results) / "cache" / run.model / "pre" / whose
+    name = "--".join([*run.task.split("/"), run.method, f"seed{run.seed}", f"{ranks.index}of{ranks.count}"])
+    return Memo(folder, name)
 
 
 def tuned_model(run: Run, hub: Hub, device: torch.device) -> tuple[Policy, Chain]:
@@ -159,6 +173,7 @@ def tune(run: Run, ranks: Ranks) -> None:
     checkpoints = Checkpoints(run.folder / "state", made_from, meter)
     start = restored(checkpoints, ranks, policy, optimizer, source)
     objective = Objective(module, given.cfg, policy, source.chain, tuning.micro_batch, ranks)
+    objective.memo = memo_of(run, given, source, ranks)
     journal, timeline = None, None
     if ranks.main:
         journal = Journal(run.folder / "train.jsonl", start, tuning.num_updates)
