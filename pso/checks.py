@@ -109,7 +109,7 @@ def _repositories(config: Config) -> Iterator[tuple[str, str | None]]:
     for name, model in config.models.items():
         parts = {"unet": model.unet} | {f"deltas[{i}]": delta for i, delta in enumerate(model.deltas)}
         parts |= {f"loras[{i}]": lora for i, lora in enumerate(model.loras)}
-        yield from ((f"models.{name}.{field}", getattr(model, field)) for field in ("base", "vae"))
+        yield from ((f"models.{name}.{field}", getattr(model, field)) for field in ("base", "vae", "preview_vae"))
         yield from ((f"models.{name}.{field}.repo", part.repo) for field, part in parts.items() if part is not None)
         yield from ((f"models.{name}.deltas[{i}].minus", delta.minus) for i, delta in enumerate(model.deltas))
     for name, metric in config.metrics.items():

@@ -90,6 +90,9 @@ class ModelEntry(Strict):
     deltas: list[Delta] = []
     loras: list[Lora] = []
     vae: str | None = None
+    # Repository of an AutoencoderTiny, which decodes in its place for rewards in training and for probes: faster, and
+    # other pictures, so some pairs are ranked the other way round (labels). Never for pictures that are reported.
+    preview_vae: str | None = None
     sampler: Literal["renoise", "ancestral", "ddim", "euler"]
     grids: dict[WholeNumber, list[int] | Literal["leading", "trailing"]]  # steps -> times, falling
     guidance_scale: Annotated[float, Field(ge=0)]

@@ -50,11 +50,17 @@ def chain_for(name: str, entry: ModelEntry, num_steps: int) -> mdp.Chain:
 
 
 def load_policy(
-    entry: ModelEntry, hub: Hub, dtype: torch.dtype = torch.float32, device=None, name: str = "<name>"
+    entry: ModelEntry,
+    hub: Hub,
+    dtype: torch.dtype = torch.float32,
+    device=None,
+    name: str = "<name>",
+    preview: bool = False,
 ) -> Policy:
     """The pipeline of an entry, from safetensors or a state dict read with weights_only; on the GPU if there is one.
 
-    `name`: the entry's in models.yaml, for sentences. A composition is added up in float32 and rounded once.
+    `name`: the entry's in models.yaml, for sentences. A composition is added up in float32 and rounded once. `preview`:
+    with the entry's preview VAE, if it has one.
     """
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # one line per small file says nothing
@@ -77,7 +83,12 @@ def load_policy(
     if pipeline.unet.dtype != dtype:
         pipeline.unet.to(dtype)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Policy(pipeline.to(device), entry.resolution, entry.guidance_scale, entry.guidance_embedding, name)
+    policy = Policy(pipeline.to(device), entry.resolution, entry.guidance_scale, entry.guidance_embedding, name)
+    if preview and entry.preview_vae is not None:
+        kind, px = VAE_DTYPES.get(dtype, dtype), pipeline.vae_scale_factor
+        tiny = weights.load_preview_vae(hub, entry.preview_vae, kind, px)
+        policy.preview_by(entry.preview_vae, tiny.to(device))
+    return policy
 
 
 def _assembled(folder: Path, parts: dict) -> StableDiffusionXLPipeline:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import AutoencoderTiny, StableDiffusionXLPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
@@ -62,6 +62,7 @@ class Policy:
         self.timestep_cond = _timestep_cond(pipeline, guidance_embedding, name)
         for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
             part.requires_grad_(False).eval()
+        self.previewed: tuple[str, AutoencoderTiny] | None = None
         self.unet_forwards = 0  # images through the network, guidance counted twice
 
     # -- sizes --
@@ -88,6 +89,7 @@ class Policy:
             "vae_dtype": str(self.pipeline.vae.dtype).removeprefix("torch."),
             "allow_tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32},
             "attention": sorted(processors),
+            **({} if self.previewed is None else {"preview_vae": self.previewed[0]}),
         }
 
     # -- text --
@@ -244,9 +246,19 @@ class Policy:
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, H, W] -> uint8 images [B, H, W, 3] on the CPU, rounded as diffusers does."""
         vae = self.pipeline.vae
-        decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample.float()
-        unit = (decoded / 2 + 0.5).clamp(0, 1)
-        return (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+        return _pictures(vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample)
+
+    def preview_by(self, repo: str, vae: AutoencoderTiny) -> None:
+        """Have rewards in training and probes look at pictures by this VAE of the repository."""
+        self.previewed = repo, vae.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def preview(self, latents: Tensor) -> Tensor:
+        """`decode` for rewards in training and for probes: by the preview VAE, where the model's entry names one."""
+        if self.previewed is None:
+            return self.decode(latents)
+        vae = self.previewed[1]
+        return _pictures(vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,6 +267,12 @@ class Policy:
         pixels = images.permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
         posterior = vae.encode(pixels).latent_dist
         return tuple((v * vae.config.scaling_factor).float() for v in (posterior.mean, posterior.std))
+
+
+def _pictures(decoded: Tensor) -> Tensor:
+    """A VAE's output [B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3] on the CPU."""
+    unit = (decoded.float() / 2 + 0.5).clamp(0, 1)
+    return (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
 def _timestep_cond(pipeline: StableDiffusionXLPipeline, guidance: float | None, name: str) -> Tensor | None:

@@ -33,7 +33,7 @@ class Probe:
         sampled = rollouts(
             self.policy, self.chain, self.condition, self.keys, to_x0=bool(scorers), micro_batch=self.micro_batch
         )
-        parts = [(part, self.policy.decode(part.x0) if scorers else None) for part in sampled]
+        parts = [(part, self.policy.preview(part.x0) if scorers else None) for part in sampled]
         trajectory = Trajectory(*(torch.cat([getattr(part, k) for part, _ in parts]) for k in ("states", "x0")))
         found: dict = {"kl": self.divergence(trajectory) if self.chain.stochastic else {}}
         if not scorers:

@@ -280,7 +280,7 @@ class OnlinePairs:
             bound = given.micro_batch
             parts = rollouts(given.policy, given.chain, condition, keys[own], step_keys[own], micro_batch=bound)
             for start, part in zip(range(0, len(texts), bound), parts, strict=True):
-                images = to_images(given.policy.decode(part.x0))
+                images = to_images(given.policy.preview(part.x0))
                 states.append(part.states)
                 scores.append(given.reward.score(images, texts[start : start + len(images)]).cpu())
         return tuple(given.ranks.whole(torch.cat(parts), len(prompts)) for parts in (states, scores))

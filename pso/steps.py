@@ -128,7 +128,8 @@ def _made_for_models(checkpoint: Checkpoint | None) -> bool:
 
 def model_repositories(config: Config, model: str) -> list[str]:
     entry = config.models[model]
-    found = [entry.base, entry.vae, entry.unet and entry.unet.repo, *(lora.repo for lora in entry.loras)]
+    found = [entry.base, entry.vae, entry.preview_vae, entry.unet and entry.unet.repo]
+    found += [lora.repo for lora in entry.loras]
     found += [repo for delta in entry.deltas for repo in (delta.repo, delta.minus)]
     return sorted({repo for repo in found if repo})
 

@@ -155,7 +155,7 @@ class StepwisePairs:
         found = []
         for start in range(0, len(texts), given.micro_batch):
             part = slice(start, start + given.micro_batch)
-            images = to_images(given.policy.decode(latents[part]))
+            images = to_images(given.policy.preview(latents[part]))
             found.append(given.reward.score(images, texts[part], fork.t).float().cpu())
         scores = torch.cat(found)
         if bad := int((~torch.isfinite(scores)).sum()):

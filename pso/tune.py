@@ -130,7 +130,7 @@ def tuned_model(run: Run, hub: Hub, device: torch.device) -> tuple[Policy, Chain
     if model.lora_rank is None or model.tuned_steps is None:
         raise ConfigError(f"{where} has no lora_rank or tuned_steps; it is not a model that is tuned.")
     chain = chain_for(run.model, model, model.tuned_steps)
-    policy = load_policy(model, hub, getattr(torch, run.config.scale_entry.dtype), device, run.model)
+    policy = load_policy(model, hub, getattr(torch, run.config.scale_entry.dtype), device, run.model, preview=True)
     try:
         policy.add_lora(model.lora_rank, model.lora_targets, run.seed)
     except ValueError as error:

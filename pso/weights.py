@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, ModelMixin, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, ModelMixin, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
@@ -79,6 +79,19 @@ def present_names(found: Iterable[str], network: ModelMixin) -> dict[str, str]:
 
 def load_vae(hub: Hub, repo: str, subfolder: str | None, dtype: torch.dtype) -> AutoencoderKL:
     return _in_hub(AutoencoderKL, hub, repo, subfolder, dtype)
+
+
+def load_preview_vae(hub: Hub, repo: str, dtype: torch.dtype, px: int) -> AutoencoderTiny:
+    """A tiny VAE of the pipeline's latents, which are `px` pixels wide and not scaled once more."""
+    found = _in_hub(AutoencoderTiny, hub, repo, None, dtype)
+    config = found.config
+    own = config.upsampling_scaling_factor ** (len(config.num_decoder_blocks) - 1)
+    if (own, config.latent_channels, config.scaling_factor) != (px, 4, 1.0):
+        raise UserError(
+            f"the preview VAE {repo} makes {own} px of a latent of {config.latent_channels} channels, scaled by "
+            f"{config.scaling_factor}; expected {px} px of 4 channels, scaled by 1: take one of SDXL's latents."
+        )
+    return found
 
 
 def load_unet(hub: Hub, source: UNetSource, base: str, dtype: torch.dtype | None = None) -> UNet2DConditionModel:

@@ -287,6 +287,9 @@ class FakePolicy:
     def decode(self, latents):
         return (255 * torch.sigmoid(latents[:, :3])).to(torch.uint8).permute(0, 2, 3, 1)
 
+    def preview(self, latents):
+        return self.decode(latents)
+
 
 class Judge(Brightness):
     """Remembers which texts it was asked about, how many images at a time, and at which times."""
