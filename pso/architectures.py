@@ -5,7 +5,7 @@ networks that a paper-scale run loads.
 """
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import nn
 from transformers import (
     BlipTextConfig,
@@ -57,6 +57,12 @@ def vae() -> AutoencoderKL:
             layers_per_block=2,
             latent_channels=4,
         )
+
+
+def tiny_vae() -> AutoencoderTiny:
+    """TAESDXL: another function of the same latents, which it takes unscaled."""
+    with torch.device("meta"):
+        return AutoencoderTiny()
 
 
 def _text(width: int, layers: int, heads: int, activation: str) -> dict:

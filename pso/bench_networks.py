@@ -122,16 +122,7 @@ def new_vae(size: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
 
 def new_tiny_vae(size: str, device: torch.device, dtype: torch.dtype) -> AutoencoderTiny:
     """TAESD's architecture, which is TAESDXL's too: another function, not a faster VAE."""
-    return filled(_tiny_vae(size), device, dtype)
-
-
-def _tiny_vae(size: str) -> AutoencoderTiny:
-    with torch.device("meta"):
-        if size == "full":
-            return AutoencoderTiny()
-        three = {"num_encoder_blocks": (1, 1, 1), "num_decoder_blocks": (1, 1, 1)}
-        widths = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8)}
-        return AutoencoderTiny(**three, **widths)
+    return filled(networks(size).tiny_vae(), device, dtype)
 
 
 def condition(policy: Policy, count: int, seed: int = 2) -> Conditioning:
@@ -169,7 +160,7 @@ def call_flops(size: str, side: int, rank: int | None = RANK) -> int:
 @functools.cache
 def vae_flops(size: str, side: int, way: str, tiny: bool = False) -> int:
     """Of one picture; `way`: decode or encode."""
-    vae = _tiny_vae(size) if tiny else networks(size).vae()
+    vae = networks(size).tiny_vae() if tiny else networks(size).vae()
     shape = (1, 3, side, side) if way == "encode" else (1, 4, *[side // latent_px(size)] * 2)
     with torch.no_grad():
         return flops.count(lambda: getattr(vae, way)(_meta(*shape))).total

@@ -4,7 +4,7 @@ The rehearsal's own tests run on them: the same files and keys, as far as a netw
 """
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from transformers import (
     BlipTextConfig,
     BlipTextModel,
@@ -56,6 +56,12 @@ def vae() -> AutoencoderKL:
             norm_num_groups=4,
             latent_channels=4,
         )
+
+
+def tiny_vae() -> AutoencoderTiny:
+    widths = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8)}
+    with torch.device("meta"):
+        return AutoencoderTiny(**widths, num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1))
 
 
 def _tower(width: int, activation: str = "gelu") -> dict:

@@ -156,6 +156,7 @@ def one_clip(name: str, nets: ModuleType, config: Config) -> dict[str, State]:
 
 SDXL, TURBO = "stabilityai/stable-diffusion-xl-base-1.0", "stabilityai/sdxl-turbo"
 VAE, LCM = "madebyollin/sdxl-vae-fp16-fix", "latent-consistency/lcm-sdxl"
+TINY_VAE = "madebyollin/taesdxl"
 DPO, MAPO = "mhdang/dpo-sdxl-text2image-v1", "mapo-t2i/mapo-beta"
 CLIPS = {  # repository -> the network
     "yuvalkirstain/PickScore_v1": "clip_h14",
@@ -170,6 +171,7 @@ WEIGHTS: dict[str, Callable[[ModuleType, Config], dict[str, State]]] = {
     SDXL: pipeline,
     TURBO: pipeline,
     VAE: lambda nets, config: {UNET: dict(nets.vae().state_dict())},
+    TINY_VAE: lambda nets, config: {UNET: dict(nets.tiny_vae().state_dict())},
     "tianweiy/DMD2": dmd2,
     LCM: lambda nets, config: {UNET_FP16: half(unet(nets, guidance_embedding=True))},
     "latent-consistency/lcm-lora-sdxl": lambda nets, config: {"pytorch_lora_weights.safetensors": kohya_lora(nets)},
@@ -206,6 +208,8 @@ def write_companions(repo: str, folder: Path, nets: ModuleType) -> None:
         nets.unet(repo == LCM).save_config(folder / "unet" if repo == DPO else folder)
     elif repo == VAE:
         nets.vae().save_config(folder)
+    elif repo == TINY_VAE:
+        nets.tiny_vae().save_config(folder)
     elif repo in CLIPS:
         write_clip(folder, nets.clip(CLIPS[repo]))
     elif repo == DINO:

@@ -51,7 +51,13 @@ SMALL = {
 CONFIG = load(SMALL)
 DMD2, DPO = "tianweiy/DMD2", "mhdang/dpo-sdxl-text2image-v1"
 FLOAT32 = {  # files whose weights have 32 bits
-    *("madebyollin/sdxl-vae-fp16-fix", DPO, "mapo-t2i/mapo-beta", "SPO-Diffusion-Models/SPO-SDXL_4k-p_10ep_LoRA"),
+    *(
+        "madebyollin/sdxl-vae-fp16-fix",
+        "madebyollin/taesdxl",
+        DPO,
+        "mapo-t2i/mapo-beta",
+        "SPO-Diffusion-Models/SPO-SDXL_4k-p_10ep_LoRA",
+    ),
     *("SPO-Diffusion-Models/Step-Aware_Preference_Models", *seeded.SMALL, seeded.PICK_SCORE, seeded.IMAGE_REWARD),
     *(seeded.DINO, seeded.AESTHETIC, "ZichenMiao/PSO"),
 }
