@@ -23,7 +23,7 @@ from pso.timing import Timer, clocks
 
 INPUTS = 4  # batches taken in turns
 SPREAD = 0.1  # std of the encoded pictures' noise around their large shapes
-LEVELS = {torch.float32: 1, torch.float16: 4, torch.bfloat16: 24}  # grey levels of 255 that are allowed
+LEVELS = {torch.float32: 1, torch.float16: 4, torch.bfloat16: 16}  # grey levels of 255 that are allowed
 APART = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}  # |difference| / |mean| of the posteriors
 
 

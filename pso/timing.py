@@ -76,10 +76,11 @@ def ratio(a: list[float], b: list[float]) -> float:
 
 
 class Peak:
-    """`gib`: most memory that tensors took on a GPU inside the block; None on a CPU, where only a fresh process
-    tells."""
+    """`gib`: most memory that tensors took on a GPU inside the block; `more_gib`: beyond what they took when it began.
+    None on a CPU, where only a fresh process tells."""
 
     gib: float | None = None
+    more_gib: float | None = None
 
 
 @contextlib.contextmanager
@@ -88,10 +89,12 @@ def peak(device: torch.device | str) -> Iterator[Peak]:
     if cuda:
         sync(device)
         torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
     yield found
     if cuda:
         sync(device)
-        found.gib = round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+        most = torch.cuda.max_memory_allocated(device)
+        found.gib, found.more_gib = round(most / 2**30, 3), round((most - before) / 2**30, 3)
 
 
 def clocks(device: torch.device | str) -> dict[str, float] | None:
@@ -100,7 +103,7 @@ def clocks(device: torch.device | str) -> dict[str, float] | None:
     if device.type != "cuda":
         return None
     command = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]
-    command.append(f"--id={torch.cuda.get_device_properties(device).uuid}")
+    command.append(f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}")
     try:
         told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
         clock, power = (float(value) for value in told.strip().split(","))
