@@ -38,7 +38,8 @@ class Conditioning:
     hidden: Tensor
     pooled: Tensor
 
-    def rows(self, index: Tensor) -> "Conditioning":
+    def rows(self, index: Tensor | slice) -> "Conditioning":
+        index = index.to(self.hidden.device, non_blocking=True) if isinstance(index, Tensor) else index
         return Conditioning(self.hidden[index], self.pooled[index])
 
     def followed_by(self, other: "Conditioning") -> "Conditioning":
@@ -76,6 +77,8 @@ class Policy:
         if self.speed.compile:
             compile_blocks(pipeline.unet)
             compile_blocks(pipeline.vae.decoder)
+        size = float(resolution)
+        self._time_ids = torch.tensor([size, size, 0.0, 0.0, size, size])
         self.unet_forwards = 0  # images through the network, guidance counted twice
 
     # -- sizes --
@@ -140,7 +143,7 @@ class Policy:
         Returns float32 (of a float64 network float64) of x's shape. pre runs without a graph.
         """
         shape, flat = x.shape, x.reshape(-1, *x.shape[-3:])
-        t = chain.time(n).reshape(-1).to(flat.device)
+        t = chain.time(n).reshape(-1).to(flat.device, non_blocking=True)
         shown = chain.scale_input(n.reshape(-1), flat)
         with torch.no_grad() if pre else contextlib.nullcontext():
             eps = self._network(shown, t, condition, pre)
@@ -162,8 +165,7 @@ class Policy:
         network = self.pre_unet if pre else self.unet
         if self._sampler is not None and not pre and not torch.is_grad_enabled():
             network = self._sampler
-        size = float(self.resolution)
-        time_ids = shown.new_tensor([size, size, 0.0, 0.0, size, size]).expand(len(shown), 6)
+        time_ids = self._time_ids.to(shown.device, non_blocking=True).expand(len(shown), 6)
         self.unet_forwards += len(shown)
         dtype = self.unet.dtype
         mixed = dtype in SHORT and self.masters is None
@@ -183,7 +185,7 @@ class Policy:
         """The guidance embedding, one row per input."""
         if self.timestep_cond is None:
             return None
-        return self.timestep_cond.to(shown.device, dtype).expand(len(shown), -1)
+        return self.timestep_cond.to(shown.device, dtype, non_blocking=True).expand(len(shown), -1)
 
     # -- adapter --
 
