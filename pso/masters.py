@@ -16,7 +16,7 @@ def _full(values: Tensor) -> Tensor:
 
 
 class Masters:
-    """Of `copies` by their names: float32 or more [same shapes], and the copies in `dtype` from here on."""
+    """Of a network's LoRA parameters by their names, which are float32 still (or more), and in `dtype` from here on."""
 
     def __init__(self, copies: Iterable[tuple[str, nn.Parameter]], dtype: torch.dtype):
         self.copies = dict(copies)

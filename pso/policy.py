@@ -168,7 +168,7 @@ class Policy:
         time_ids = self._time_ids.to(shown.device, non_blocking=True).expand(len(shown), 6)
         self.unet_forwards += len(shown)
         dtype = self.unet.dtype
-        mixed = dtype in SHORT and self.masters is None
+        mixed = dtype in SHORT and self.speed.lora_compute == "float32"
         with torch.autocast(shown.device.type, dtype, enabled=mixed), attention(self.speed.attention):
             return network(
                 shown.to(dtype),
@@ -222,18 +222,21 @@ class Policy:
             )
         for parameter in self.lora_parameters():
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-        self._adapted()
         if self.speed.lora_compute == "base" and self.unet.dtype in SHORT:
-            names = (n for n, _ in self.unet.named_parameters() if f".{ADAPTER}." in n)
-            self.masters = Masters(((n, self.unet.get_parameter(n)) for n in names), self.unet.dtype)
+            self.masters = Masters(self._lora(), self.unet.dtype)
+        self._adapted()
 
     def _adapted(self) -> None:
         """After layers were put around those of the network."""
         self._pre = None
-        if self.unet.dtype in SHORT:  # autocast rounds its weights: an input made longer for them is made short again
-            for module in self.unet.modules():
-                if isinstance(module, LoraLayer):
-                    module.cast_input_dtype_enabled = False
+        if self.unet.dtype not in SHORT:
+            return
+        if self.speed.lora_compute == "base":
+            for _, parameter in self._lora():
+                parameter.data = parameter.data.to(self.unet.dtype)
+        for module in self.unet.modules():  # autocast rounds its weights: an input made longer for them is cut again
+            if isinstance(module, LoraLayer):
+                module.cast_input_dtype_enabled = False
 
     def gradient_checkpointing(self, on: bool) -> None:
         """Form most activations once more in the backward pass instead of keeping them."""
@@ -243,7 +246,11 @@ class Policy:
         """Float32: what is trained."""
         if self.masters is not None:
             return list(self.masters.full.values())
-        return [p for name, p in self.unet.named_parameters() if f".{ADAPTER}." in name]
+        return [p for _, p in self._lora()]
+
+    def _lora(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """As the network holds it."""
+        return [(name, p) for name, p in self.unet.named_parameters() if f".{ADAPTER}." in name]
 
     def lora_changed(self) -> None:
         """To be told after every step of the optimiser."""

@@ -135,14 +135,15 @@ def test_merging_into_bfloat16_is_refused():
 
 
 def with_masters(moved: float = 0.1) -> Policy:
-    policy = half(moved=moved)
-    policy.masters = Masters(((n, p) for n, p in policy.unet.named_parameters() if f".{ADAPTER}." in n), torch.bfloat16)
+    policy = half(speed=Speed(lora_compute="base"))
+    assert {p.dtype for p in policy.unet.parameters()} == {torch.bfloat16}
+    policy.set_lora_state(half(moved).lora_state())
     return policy
 
 
 def test_masters_of_full_precision_change_nothing():
     plain, fast = exact_policy(), exact_policy()
-    fast.masters = Masters(((n, p) for n, p in fast.unet.named_parameters() if f".{ADAPTER}." in n), torch.float64)
+    fast.masters = Masters(fast._lora(), torch.float64)
     for micro_batch in (100, 4):
         assert apart(gradient(fast, micro_batch), gradient(plain, micro_batch)) <= 1e-10
     assert all(p.grad is None for p in fast.masters.copies.values())
@@ -155,7 +156,7 @@ def test_a_gradient_of_the_last_chunk_alone_is_told_apart(monkeypatch):
     expected = gradient(exact_policy(), 4)
     monkeypatch.setattr(Masters, "_take", take)
     fast = exact_policy()
-    fast.masters = Masters(((n, p) for n, p in fast.unet.named_parameters() if f".{ADAPTER}." in n), torch.float64)
+    fast.masters = Masters(fast._lora(), torch.float64)
     assert apart(gradient(fast, 4), expected) > 1e-2
 
 
@@ -205,6 +206,32 @@ def test_masters_come_back_from_a_checkpoint():
 def test_a_fresh_lora_with_masters_is_pre():
     policy = with_masters(moved=0.0)
     assert torch.equal(eps(policy), eps(policy, pre=True))
+
+
+def test_a_loaded_lora_is_that_of_the_training_sampler(tmp_path):
+    policy, loaded = with_masters(), half(speed=Speed(lora_compute="base"))
+    policy.save_lora(tmp_path)
+    loaded.unload_lora()
+    loaded.load_lora(tmp_path)
+    assert torch.equal(eps(loaded), eps(policy)) and not torch.equal(eps(loaded), eps(policy, pre=True))
+
+
+def test_an_input_is_not_cast_for_a_lora_whose_weights_autocast_rounds(monkeypatch):
+    """The same numbers with fewer copies: PEFT would make the input float32, and autocast bfloat16 again."""
+    policy, casts = half(moved=0.1), []
+    before, to = eps(policy), torch.Tensor.to
+
+    def counted(self, *args, **kwargs):
+        found = to(self, *args, **kwargs)
+        casts.append(self.dtype == torch.bfloat16 and found.dtype == torch.float32 and self.ndim == 3)
+        return found
+
+    monkeypatch.setattr(torch.Tensor, "to", counted)
+    assert torch.equal(eps(policy), before) and not any(casts)
+    for module in policy.unet.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = True
+    assert torch.equal(eps(policy), before) and sum(casts) > 0
 
 
 # ---- compiled, channels last, attention ----
