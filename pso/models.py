@@ -12,7 +12,7 @@ from diffusers import StableDiffusionXLPipeline
 
 from pso import mdp, state_dicts, weights
 from pso.config import ConfigError, import_module
-from pso.entries import Checkpoint, MetricEntry, ModelEntry, UNetSource
+from pso.entries import Checkpoint, MetricEntry, ModelEntry, Speed, UNetSource
 from pso.hub import Hub
 from pso.lora_files import fuse_loras
 from pso.policy import Policy
@@ -55,6 +55,7 @@ def load_policy(
     dtype: torch.dtype = torch.float32,
     device=None,
     name: str = "<name>",
+    speed: Speed | None = None,
     preview: bool = False,
 ) -> Policy:
     """The pipeline of an entry, from safetensors or a state dict read with weights_only; on the GPU if there is one.
@@ -83,7 +84,8 @@ def load_policy(
     if pipeline.unet.dtype != dtype:
         pipeline.unet.to(dtype)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    policy = Policy(pipeline.to(device), entry.resolution, entry.guidance_scale, entry.guidance_embedding, name)
+    guidance = entry.guidance_scale, entry.guidance_embedding
+    policy = Policy(pipeline.to(device), entry.resolution, *guidance, name, speed)
     if preview and entry.preview_vae is not None:
         kind, px = VAE_DTYPES.get(dtype, dtype), pipeline.vae_scale_factor
         tiny = weights.load_preview_vae(hub, entry.preview_vae, kind, px)
