@@ -19,6 +19,7 @@ from pso.policy import Conditioning, Policy, to_images
 from pso.provenance import UserError
 from pso.ranks import Ranks
 from pso.rollout import Key, keyed_noise, keyed_seed, rollouts
+from pso.texts import KeptTexts
 from pso.visits import pair_indices
 
 
@@ -38,6 +39,13 @@ class Given:
     micro_batch: int = 256  # images sampled, decoded and scored at a time; changes no result
     embeddings: PairEmbeddings | None = None  # of the pairs
     ranks: Ranks = field(default_factory=Ranks)  # the processes among which sampling is shared out
+    texts: KeptTexts | None = None  # text conditions made before, where the run reads any
+
+    def encoded(self, texts: list[str]) -> Conditioning:
+        """Text conditions, kept or made."""
+        if self.texts is None:
+            return self.policy.encode_prompts(texts)
+        return self.texts.rows(texts, self.policy.device)
 
 
 class _Latents:
@@ -61,7 +69,7 @@ class _Latents:
         if getattr(self.cfg, "times", None) == "uniform":
             self.chain = at_every_time(self.chain)
         if getattr(self.cfg, "caption_dropout", 0):  # the last row of the condition is then the empty caption
-            given.condition = given.condition.followed_by(given.policy.encode_prompts([""]))
+            given.condition = given.condition.followed_by(given.encoded([""]))
 
     def samples(self, update: int) -> list[int]:
         given = self.given

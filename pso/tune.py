@@ -226,7 +226,7 @@ def outcome(run: Run, given: sources.Given, source) -> dict:
 
 def inputs_of(hub: Hub, given: sources.Given) -> list[dict]:
     """Repository, file and sha256 of all that was read, those behind the caches included, each once."""
-    caches = [cache for cache in (given.pairs, given.embeddings) if cache is not None]
+    caches = [cache for cache in (given.pairs, given.embeddings, given.texts) if cache is not None]
     found = [*hub.inputs(), *(entry for cache in caches for entry in cache.inputs)]
     return [entry for i, entry in enumerate(found) if entry not in found[:i]]
 
