@@ -2,7 +2,9 @@
 
 A source is built once per run and asked for `batch(update)`. Which samples an update sees and all
 its noise are functions of (run seed, update, sample, step), so every method sees the same pairs in
-the same order with the same (t, eps) where it can, and a resumed run continues exactly.
+the same order with the same (t, eps) where it can, and a resumed run continues exactly. A class says
+`pure = True` if its batches depend on nothing else, on theta least of all: they may be made ahead
+(pso/prefetch.py).
 """
 
 from dataclasses import dataclass, field, replace
@@ -118,6 +120,8 @@ class PreferencePairs(_Latents):
     """Labelled pairs of images, both noised forward to the same time (Eq. 6); they share eps unless the Config
     says otherwise."""
 
+    pure = True
+
     def batch(self, update: int) -> Batch:
         index = self.samples(update)
         n, shares_eps = self.steps(update, index), getattr(self.cfg, "pair_shares_eps", True)
@@ -128,6 +132,8 @@ class PreferencePairs(_Latents):
 class ContrastPairs(PreferencePairs):
     """Preference pairs in groups of `group_size` that are compared with each other: one time for a whole group, that
     of its first pair, and embeddings of captions and pictures."""
+
+    pure = True
 
     def __init__(self, given: Given):
         super().__init__(given)
@@ -152,6 +158,8 @@ class ContrastPairs(PreferencePairs):
 
 class Targets(_Latents):
     """The pairs' target images alone."""
+
+    pure = True
 
     def batch(self, update: int) -> Batch:
         index = self.samples(update)

@@ -14,8 +14,10 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
@@ -85,6 +87,8 @@ class TextEncoders:
     encode_prompts = Policy.encode_prompts
 
     def __init__(self, hub: Hub, base: str, dtype: torch.dtype):
+        for library in (diffusers, transformers):
+            library.utils.logging.disable_progress_bar()  # one line per small file says nothing
         parts = {"unet": None, "vae": None, **weights.load_text_encoders(hub, base, dtype)}
         of, folder = StableDiffusionXLPipeline.from_pretrained, hub.repo(base)
         self.pipeline = weights.from_hub(

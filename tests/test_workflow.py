@@ -76,7 +76,7 @@ def test_every_target_resolves(target, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("rule", ["latents", "embeddings", "preference_model", "tune", "generate", "score"])
+@pytest.mark.parametrize("rule", ["latents", "texts", "embeddings", "preference_model", "tune", "generate", "score"])
 def test_what_loads_a_network_asks_for_the_gpu(rule):
     """`--resources gpu=1` promises one such job at a time; a second one beside a run would take the memory it counts
     on (pso/memory.py)."""
