@@ -81,7 +81,7 @@ def test_order_and_batch_change_nothing(scorers, images, batch):
     assert np.allclose(again, found.iloc[order], rtol=1e-5, atol=1e-5)
 
 
-def test_no_more_than_one_batch_is_decoded_at_once(scorers):
+def test_no_more_than_two_batches_are_decoded_at_once(scorers):
     alive, most = [], []
 
     class Lazy:
@@ -95,7 +95,7 @@ def test_no_more_than_one_batch_is_decoded_at_once(scorers):
             return image
 
     found = score_pictures(Lazy(), ["a"] * 12, scorers, batch=3)
-    assert len(found) == 12 and len(most) == 12 and max(most) == 3
+    assert len(found) == 12 and len(most) == 12 and max(most) <= 6
 
 
 def test_siblings_come_together_wherever_they_stand(images):
