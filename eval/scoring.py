@@ -7,6 +7,7 @@ are. A score depends on its picture, its prompt and what it is compared with alo
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -66,14 +67,6 @@ def score_pictures(
     together = any(_compared(s) == "siblings" for s in scorers.values())
     found = {name: np.full(len(pictures), np.nan) for name in scorers} | {k: v.copy() for k, v in (known or {}).items()}
 
-    def read(rows: tuple[int, ...]) -> tuple[list, dict]:
-        """A batch, and what its pictures are compared with."""
-        images = [pictures[i] for i in rows]
-        others = {"pictures": [real] * len(rows), "siblings": _siblings(images, [keys[i] for i in rows])}
-        if untuned is not None:
-            others["untuned"] = [[image] for image in (images if untuned is pictures else [untuned[i] for i in rows])]
-        return images, others
-
     def score_rows(rows: tuple[int, ...], following: tuple[int, ...] | None) -> None:
         # a function, so that nothing of a batch is kept while the one after the next is read
         images, others = ahead.take(rows, following)
@@ -88,13 +81,22 @@ def score_pictures(
 
     batches = _batches(_groups(keys), batch) if together else _in_order(len(pictures), batch)
     done = 0
-    with Ahead(read) as ahead:
+    with Ahead(partial(_read, pictures, keys, untuned, real)) as ahead:
         for rows, following in pairwise([*map(tuple, batches), None]):
             score_rows(rows, following)
             done += len(rows)
             if progress is not None:
                 progress(done, len(pictures))
     return pd.DataFrame(found)
+
+
+def _read(pictures, keys: list, untuned, real, rows: tuple[int, ...]) -> tuple[list, dict]:
+    """A batch, decoded, and what its pictures are compared with."""
+    images = [pictures[i] for i in rows]
+    others = {"pictures": [real] * len(rows), "siblings": _siblings(images, [keys[i] for i in rows])}
+    if untuned is not None:
+        others["untuned"] = [[image] for image in (images if untuned is pictures else [untuned[i] for i in rows])]
+    return images, others
 
 
 def check_given(pictures, prompts, scorers: dict, untuned, real) -> None:
