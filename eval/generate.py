@@ -3,8 +3,9 @@
     python -m eval.generate --model sdxl_dmd2 [--task preference] [--untuned]
 
 Images are ordered by prompt id and seed and cut into blocks of `eval_batch`; a shard is a run of
-blocks. A block's pixels depend on nothing outside it (keyed noise, its own text encoding, the last
-one padded), so images are byte-identical under any sharding, order and restart. Shards that are
+blocks. A block's pixels depend on nothing outside it (keyed noise, kept text conditions (pso/texts.py), the last
+one padded), so images are byte-identical under any sharding, order and restart. Pictures become PNGs and shards in a
+thread of their own while the next block is sampled. Shards that are
 there and were made from the same inputs are kept. images.json, written last, lists them all; with --untuned only
 the rows in which nothing was trained are made and listed, in untuned_images.json.
 """
@@ -17,7 +18,8 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,6 +28,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
+from pso.background import Behind
 from pso.caches import load_prompt_set
 from pso.config import ConfigError, add_arguments, from_arguments
 from pso.data import Prompt, prompts_of
@@ -35,10 +38,11 @@ from pso.hub import Hub, hub_dir
 from pso.locks import locked
 from pso.models import chain_for, load_policy
 from pso.paths import RESULTS, finished_state, manifest, model_dir, root_of, scale_dir
-from pso.policy import Policy, to_images
+from pso.policy import Conditioning, Policy, to_images
 from pso.provenance import Meter, UserError, atomic, digest, fingerprint, record, sentences, sha256_of, write_json
 from pso.rollout import rollout
 from pso.runs import Job, jobs_asked_for
+from pso.texts import KeptTexts
 
 log = logging.getLogger("generate")
 METADATA_KEY = b"pso_bench"
@@ -53,6 +57,9 @@ SCHEMA = pa.schema(
         ("png", pa.binary()),
     ]
 )
+
+
+Conditions = Callable[[list[str], torch.device], Conditioning]  # texts -> their conditions on a device
 
 
 @dataclass(frozen=True, order=True)
@@ -84,10 +91,10 @@ def blocks(images: list[Wanted], size: int) -> list[list[Wanted]]:
     return [images[i : i + size] for i in range(0, len(images), size)]
 
 
-def sample_block(policy: Policy, chain, block: list[Wanted], size: int) -> list[Image.Image]:
+def sample_block(policy: Policy, chain, block: list[Wanted], size: int, conditions: Conditions) -> list[Image.Image]:
     """One network batch of fixed shape."""
     padded = [*block, *[block[-1]] * (size - len(block))]
-    condition = policy.encode_prompts([w.prompt for w in padded], batch_size=size)
+    condition = conditions([w.prompt for w in padded], policy.device)
     latents = rollout(policy, chain, condition, [w.key for w in padded]).x0
     return to_images(policy.decode(latents)[: len(block)])
 
@@ -98,16 +105,25 @@ def png(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def write_shard(path: Path, made: Iterator[tuple[Wanted, Image.Image]], source: dict) -> None:
-    """The whole shard or nothing."""
-    rows = [
-        {"image_id": f"{w.prompt_id}-{w.image_seed}", "prompt_id": w.prompt_id, "prompt": w.prompt,
-         "image_seed": w.image_seed, "png": png(image)}
-        for w, image in made
-    ]  # fmt: skip
-    table = pa.Table.from_pylist(rows, SCHEMA.with_metadata({METADATA_KEY: json.dumps(source)}))
-    with atomic(path) as part:
-        pq.write_table(table, part)
+class Shard:
+    """A shard on its way to `path`: the whole of it or nothing."""
+
+    def __init__(self, path: Path, source: dict):
+        self.path, self.source, self.rows = path, source, []
+
+    def add(self, block: list[Wanted], images: list[Image.Image]) -> None:
+        self.rows += [
+            {"image_id": f"{w.prompt_id}-{w.image_seed}", "prompt_id": w.prompt_id, "prompt": w.prompt,
+             "image_seed": w.image_seed, "png": png(image)}
+            for w, image in zip(block, images, strict=True)
+        ]  # fmt: skip
+
+    def write(self) -> str:
+        """Its sha256."""
+        table = pa.Table.from_pylist(self.rows, SCHEMA.with_metadata({METADATA_KEY: json.dumps(self.source)}))
+        with atomic(self.path) as part:
+            pq.write_table(table, part)
+        return sha256_of(self.path)
 
 
 def is_current(path: Path, source: dict) -> bool:
@@ -130,6 +146,7 @@ class Generator:
         self.entry = config.models[model]
         self.policy = load_policy(self.entry, self.hub, getattr(torch, config.scale_entry.dtype), name=model)
         self.inputs = self.hub.inputs()
+        self.texts = KeptTexts(config, model, self.hub, results)
         self.prompts: dict[tuple[str, str | None], list[Prompt]] = {}
         self.made = self.kept = 0
 
@@ -165,35 +182,35 @@ class Generator:
         todo = blocks(images, size)
         shards = [todo[i : i + SHARD_BLOCKS] for i in range(0, len(todo), SHARD_BLOCKS)]
         folder = job.images(self.config.scale, self.results)
-        listed = []
-        for k, shard in enumerate(shards):
-            path, source = folder / f"shard{k}.parquet", self.source(job, shard)
-            count = sum(map(len, shard))
-            if is_current(path, source):
-                self.kept += count
-            else:
-                self._make(job, path, shard, source)
-                self.made += count
-            listed.append(
-                {
-                    "file": str(path.relative_to(scale_dir(self.config.scale, self.results))),
-                    "images": count,
-                    "sha256": sha256_of(path),
-                }
-            )
+        digests: dict[Path, Future | None] = {}
+        with Behind() as behind:
+            for k, shard in enumerate(shards):
+                path, source = folder / f"shard{k}.parquet", self.source(job, shard)
+                kept = is_current(path, source)
+                digests[path] = None if kept else self._make(job, Shard(path, source), shard, behind)
+                count = sum(map(len, shard))
+                self.kept, self.made = self.kept + kept * count, self.made + (not kept) * count
         for old in folder.glob("shard*.parquet"):
             if int(old.stem.removeprefix("shard")) >= len(shards):
                 old.unlink()
-        return listed
+        root = scale_dir(self.config.scale, self.results)
+        return [
+            {
+                "file": str(path.relative_to(root)),
+                "images": sum(map(len, shard)),
+                "sha256": sha256_of(path) if written is None else written.result(),
+            }
+            for shard, (path, written) in zip(shards, digests.items(), strict=True)
+        ]
 
-    def _make(self, job: Job, path: Path, shard: list[list[Wanted]], source: dict) -> None:
+    def _make(self, job: Job, made: Shard, shard: list[list[Wanted]], behind: Behind) -> Future:
+        """Sample a shard's blocks; what becomes of them, its sha256 in the end, is done behind."""
         size = self.config.scale_entry.eval_batch
         self._load(job)
         chain = chain_for(job.model, self.entry, job.steps)
-        made = (
-            pair for block in shard for pair in zip(block, sample_block(self.policy, chain, block, size), strict=True)
-        )
-        write_shard(path, made, source)
+        for block in shard:
+            behind(made.add, block, sample_block(self.policy, chain, block, size, self.texts.rows))
+        return behind(made.write)
 
     def _load(self, job: Job) -> None:
         if getattr(self, "loaded", None) == job.lora(self.config.scale, self.results):
@@ -228,10 +245,11 @@ def generate_jobs(config: Config, model: str, results: Path, wanted_jobs: list[J
         truncated[name] = truncated.get(name, 0) + generator.policy.truncated_prompts(texts)
     meter.counts = {"unet_forwards": generator.policy.unet_forwards, "images": generator.made, "kept": generator.kept}
     settings = {"scale": config.scale, "model": {model: config.models[model].model_dump()}}
+    inputs = [*generator.inputs, *(entry for entry in generator.texts.inputs if entry not in generator.inputs)]
     for task, listed in found.items():
         write_json(
             manifest(model_dir(config.scale, task, model, results), "images", untuned),
-            record("generate", settings, generator.inputs, meter, images=listed, truncated_prompts=truncated),
+            record("generate", settings, inputs, meter, images=listed, truncated_prompts=truncated),
         )
 
 

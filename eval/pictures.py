@@ -5,8 +5,8 @@ Nothing is turned upright by EXIF either and no colour profile is applied: no of
 several frames the first is taken. All of that is counted (Tally) and shown, never silent.
 """
 
+import math
 import struct
-import warnings
 import zlib
 from bisect import bisect_right
 from collections import Counter
@@ -38,12 +38,12 @@ def decode(data: bytes | None, name: str, todo: str) -> Image.Image:
     if not data:
         raise UserError(f"image {name} cannot be decoded (it has no bytes); {todo}.")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = open_image(data)
-            if why := _unfit(image):
-                raise UserError(f"image {name} is {why}; {todo}.")
-            image.load()
+        image = open_image(data)
+        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):  # of which Pillow only warns
+            raise Image.DecompressionBombError
+        if why := _unfit(image):
+            raise UserError(f"image {name} is {why}; {todo}.")
+        image.load()
     except UserError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):

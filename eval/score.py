@@ -4,7 +4,8 @@
 
 Reads images.json and the shards it lists; a missing, changed or broken image stops the job, it never
 shrinks a mean. Writes one parquet per run, eval set and metric: one row per image, the scorer's
-description in the schema metadata. scores.json, written last, records the job. With --untuned the rows in
+description in the schema metadata. Where some images have changed, the scores of the others are taken over: those of
+the same bytes and prompt by the same scorer. scores.json, written last, records the job. With --untuned the rows in
 which nothing was trained alone, from untuned_images.json to untuned_scores.json.
 
 Of anyone's pictures (eval/score_folder.py):
@@ -21,8 +22,10 @@ import math
 import sys
 import time
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -43,6 +46,7 @@ from pso.runs import Job, jobs, jobs_asked_for, metrics, not_comparable
 
 log = logging.getLogger("score")
 LOCK = ".score.lock"  # in a model's folder
+JUDGED = ("image_sha256", "prompt")  # what a score by itself depends on, beside its scorer
 
 
 def pictures_of(config: Config, hub: Hub, job: Job) -> tuple[list[Image.Image] | None, list[str]]:
@@ -54,21 +58,37 @@ def pictures_of(config: Config, hub: Hub, job: Job) -> tuple[list[Image.Image] |
 
 
 def write_scores(path: Path, frame: pd.DataFrame, scores: pd.Series, about: dict) -> None:
-    columns = frame[["image_id", "prompt_id", "image_seed"]].assign(score=scores)
+    columns = frame[["image_id", "prompt_id", "prompt", "image_seed", "image_sha256"]].assign(score=scores)
     table = pa.Table.from_pandas(columns, preserve_index=False)
     with atomic(path) as part:
         pq.write_table(table.replace_schema_metadata({METADATA_KEY: json.dumps(about)}), part)
 
 
-def is_current(path: Path, about: dict) -> bool:
-    """Whether a file is there, whole, and of this scorer and these images."""
+def read_whole(path: Path) -> tuple[pa.Table | None, dict]:
+    """A file's scores and what it says of them; None where it is not there or not whole."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             whole = file.read()
-        told = json.loads((whole.schema.metadata or {}).get(METADATA_KEY, b"{}"))
+        return whole, json.loads((whole.schema.metadata or {}).get(METADATA_KEY, b"{}"))
     except (OSError, ValueError, pa.ArrowException):
-        return False
-    return told == json.loads(json.dumps(about))
+        return None, {}
+
+
+def is_current(path: Path, about: dict) -> bool:
+    """Whether a file is there, whole, and of this scorer and these images."""
+    table, told = read_whole(path)
+    return table is not None and told == json.loads(json.dumps(about))
+
+
+def taken_over(path: Path, spec: dict, frame: pd.DataFrame) -> np.ndarray:
+    """For each image its score by the same scorer, of the same bytes and prompt, in the file of before; else NaN."""
+    table, told = read_whole(path)
+    same = told.get("spec") == json.loads(json.dumps(spec))
+    if table is None or not same or not {*JUDGED, "score"} <= {*table.column_names}:
+        return np.full(len(frame), np.nan)
+    *judged, scores = (table[name].to_pylist() for name in (*JUDGED, "score"))
+    before = dict(zip(zip(*judged, strict=True), scores, strict=True))
+    return np.array([before.get(key, np.nan) for key in zip(*(frame[name] for name in JUDGED), strict=True)])
 
 
 class Scoring:
@@ -87,7 +107,8 @@ class Scoring:
         self.images_file, self.out = (manifest(self.folder, what, untuned) for what in ("images", "scores"))
         self.manifest = _manifest(self.images_file, self.again)
         self.shown = set(jobs(config, model, task))
-        self.tally, self.prompts, self.made = Tally(), {}, 0
+        self.tally, self.prompts = Tally(), {}
+        self.made = self.kept = 0  # scores; kept: taken over
 
     def listed(self, job: Job) -> list[dict]:
         """The shards of a job."""
@@ -125,14 +146,22 @@ class Scoring:
         untuned = None
         if any(scorer.compared_with == "untuned" for scorer in scorers.values()):
             untuned = pictures if job == job.untuned else same_noise(pictures, self.images(job.untuned)[0], self.again)
-        frame = pictures.frame
+        known, frame = {}, pictures.frame
+        if todo:
+            frame = frame.assign(
+                image_sha256=[sha256(pictures.read(row) or b"").hexdigest() for row in range(len(frame))]
+            )
+        for name in (name for name, scorer in scorers.items() if scorer.compared_with is None):
+            path = job.scores(self.config.scale, name, self.results)
+            known[name] = taken_over(path, todo[name]["spec"], frame)
         # also with nothing to score: every picture is decoded, counted, and refused if it is broken
         found = score_pictures(pictures, frame["prompt"].tolist(), scorers, prompt_ids=frame["prompt_id"].tolist(),
                                untuned=untuned, real=real, names=pictures.names, tally=self.tally,
-                               progress=Progress(log.info))  # fmt: skip
+                               progress=Progress(log.info), known=known)  # fmt: skip
         for name, about in todo.items():
             write_scores(job.scores(self.config.scale, name, self.results), frame, found[name], about)
-        self.made += len(frame) * len(todo)
+        kept = sum(int((~np.isnan(scores)).sum()) for scores in known.values())
+        self.made, self.kept = self.made + len(frame) * len(todo) - kept, self.kept + kept
 
 
 def same_noise(pictures: Pictures, untuned: Pictures, again: str) -> Pictures:
@@ -165,7 +194,8 @@ def score_task(scoring: Scoring, todo: list[Job]) -> None:
         log.info("%d/%d %s %s seed%d: %d images x %d metrics  left %d:%02d", number, len(todo), job.method,
                  job.eval_set, job.seed, images, len(scoring.scorers), *divmod(math.ceil(left), 60))  # fmt: skip
     scorers = scoring.scorers
-    meter.counts = {"images": count, "metrics": len(scorers), "scores_made": scoring.made}
+    meter.counts = {"images": count, "metrics": len(scorers)}
+    meter.counts |= {"scores_made": scoring.made, "scores_taken_over": scoring.kept}
     settings = {"scale": config.scale, "metrics": {n: config.metrics[n].model_dump() for n in scorers}}
     specs = {name: scorer.spec for name, scorer in scorers.items()}
     seen = scoring.tally.told() | {"eval_sets": {n: prompts_told(p, scorers) for n, p in scoring.prompts.items()}}

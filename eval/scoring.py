@@ -1,11 +1,14 @@
 """Scores of pictures by several scorers: batch by batch, every scorer on a batch before the next one is decoded.
 
-So a picture is decoded once, scorers share transforms and features (eval.transforms.one_batch), and memory holds one
-batch, however many pictures there are. A score depends on its picture, its prompt and what it is compared with alone.
+So a picture is decoded once, and scorers share transforms and features (eval.transforms.one_batch). While they look at
+a batch, the next one is read and decoded in a thread of its own: memory holds two batches, however many pictures there
+are. A score depends on its picture, its prompt and what it is compared with alone.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -14,6 +17,7 @@ from PIL import Image
 
 from eval.pictures import Tally
 from eval.transforms import one_batch
+from pso.background import Ahead
 from pso.provenance import UserError
 
 BATCH = 64
@@ -36,6 +40,7 @@ def score_pictures(
     tally: Tally | None = None,
     progress: Callable[[int, int], None] | None = None,
     batch: int = BATCH,
+    known: dict[str, np.ndarray] | None = None,
 ) -> pd.DataFrame:
     """A line per picture in their order, a float64 column per scorer.
 
@@ -43,6 +48,7 @@ def score_pictures(
     for one batch at a time. scorers: name -> scorer, as pso.models.load_metric gives them. Scorers that compare take
     from `untuned` (one for each picture), `real` (the subject's) and the pictures that share a prompt id (else a
     prompt). names: for sentences. tally: counts what is unusual. progress(done, all) is called after every batch.
+    known: scores of some scorers that are taken over, NaN where there is none; every picture is decoded all the same.
 
     >>> from PIL import Image
     >>> from eval.metrics import sharpness
@@ -59,26 +65,38 @@ def score_pictures(
     check_given(pictures, prompts, scorers, untuned=untuned, real=real)
     keys = list(prompts if prompt_ids is None else prompt_ids)
     together = any(_compared(s) == "siblings" for s in scorers.values())
-    found, done = {name: np.full(len(pictures), np.nan) for name in scorers}, 0
+    found = {name: np.full(len(pictures), np.nan) for name in scorers} | {k: v.copy() for k, v in (known or {}).items()}
 
-    def score_rows(rows: list[int]) -> None:  # a function, so that nothing of a batch is kept while the next is read
-        images = [pictures[i] for i in rows]
+    def score_rows(rows: tuple[int, ...], following: tuple[int, ...] | None) -> None:
+        # a function, so that nothing of a batch is kept while the one after the next is read
+        images, others = ahead.take(rows, following)
         if tally is not None:
             tally.add(images)
-        others = {"pictures": [real] * len(rows), "siblings": _siblings(images, [keys[i] for i in rows])}
-        if untuned is not None:
-            others["untuned"] = [[image] for image in (images if untuned is pictures else [untuned[i] for i in rows])]
-        texts, named = [prompts[i] for i in rows], [names[i] for i in rows]
         with one_batch():
             for name, scorer in scorers.items():
-                found[name][rows] = _score(name, scorer, images, texts, others, named)
+                if of := [k for k, row in enumerate(rows) if np.isnan(found[name][row])]:  # places in the batch
+                    some, beside = [rows[k] for k in of], {kind: [all_[k] for k in of] for kind, all_ in others.items()}
+                    texts, named = [prompts[row] for row in some], [names[row] for row in some]
+                    found[name][some] = _score(name, scorer, [images[k] for k in of], texts, beside, named)
 
-    for rows in _batches(_groups(keys), batch) if together else _in_order(len(pictures), batch):
-        score_rows(rows)
-        done += len(rows)
-        if progress is not None:
-            progress(done, len(pictures))
+    batches = _batches(_groups(keys), batch) if together else _in_order(len(pictures), batch)
+    done = 0
+    with Ahead(partial(_read, pictures, keys, untuned, real)) as ahead:
+        for rows, following in pairwise([*map(tuple, batches), None]):
+            score_rows(rows, following)
+            done += len(rows)
+            if progress is not None:
+                progress(done, len(pictures))
     return pd.DataFrame(found)
+
+
+def _read(pictures, keys: list, untuned, real, rows: tuple[int, ...]) -> tuple[list, dict]:
+    """A batch, decoded, and what its pictures are compared with."""
+    images = [pictures[i] for i in rows]
+    others = {"pictures": [real] * len(rows), "siblings": _siblings(images, [keys[i] for i in rows])}
+    if untuned is not None:
+        others["untuned"] = [[image] for image in (images if untuned is pictures else [untuned[i] for i in rows])]
+    return images, others
 
 
 def check_given(pictures, prompts, scorers: dict, untuned, real) -> None:

@@ -14,7 +14,8 @@ from pso.checks import PAIRS
 from pso.entries import UNTUNED, Config
 from pso.paths import root_of
 from pso.runs import Job, jobs, metrics, not_comparable
-from pso.steps import needed, original, published_entry
+from pso.steps import needed, original, published_entry, slug
+from pso.visits import bases, text_sets
 from pso.work import Call, Calls, Tuning
 
 # Pick-a-Pic v2 without ties, by Diffusion-DPO's appendix: what pso/data.py finds and checks.
@@ -49,7 +50,7 @@ class Work:
     gb: float = 0.0  # fetched
     second_pass: Calls = field(default_factory=Counter)  # if an update's rows do not fit at once; in no sum
     one_transition: Calls | None = None  # training, if one random transition stood for the sum; in no sum
-    without_cache: Calls = field(default_factory=Counter)  # encoding anew in every update; in no sum
+    without_cache: Calls = field(default_factory=Counter)  # encoding anew for every update and image; in no sum
     uncounted: str | None = None  # why its calls are not known
 
 
@@ -120,6 +121,7 @@ def works(config: Config, kept: float = work.KEPT) -> list[Work]:
     return [
         *_fetched(config),
         *_caches(config, runs(config)),
+        *_texts(config),
         *_embeddings(config, runs(config)),
         *_preference_models(config),
         *(tune_work(config, run, kept) for run in runs(config)),
@@ -174,6 +176,14 @@ def _caches(config: Config, found: list[Run]) -> Iterator[Work]:
         yield Work("latents", name, {"latents": calls}, samples=count, prompts=prompts, side=entry.resolution)
 
 
+def _texts(config: Config) -> Iterator[Work]:
+    """Different prompts of every set, and the empty one. A subject's own prompt is one more."""
+    for base in bases(config):
+        sets = text_sets(config, base)
+        count = 1 + sum(num_prompts(config, name) + bool(subject) for name, subject in sets)
+        yield Work("texts", slug(base), {"texts": Counter({Call("text"): count})}, prompts=count)
+
+
 def _embeddings(config: Config, found: list[Run]) -> Iterator[Work]:
     asked: dict[tuple[str, str], set[str]] = {}
     for run in found:
@@ -225,8 +235,6 @@ def tune_work(config: Config, run: Run, kept: float = work.KEPT) -> Work:
     if config.datasets[method.data].format in PAIRS:
         given = 1 if known["SOURCE"] in ("Targets", "TargetsAgainstModel") else 2
         anew[Call("encode", told.model.resolution)] = given * told.pairs
-    else:  # the others' prompts lie with the latents
-        parts["training"][Call("text")] += told.prompts
     steps = work.transitions(told, source)
     one = work.training(told, source, 1) if steps > 1 and not source.reverse else None
     second = Counter({told.theta: parts["training"][told.theta]})
@@ -245,7 +253,7 @@ def drawn(config: Config, job: Job) -> Calls:
     if job.method != UNTUNED:
         unet = Call("theta", entry.resolution, entry.lora_rank)
     guided = 2 if entry.guidance_scale > 1 else 1
-    return Counter({unet: count * job.steps * guided, Call("decode", entry.resolution): count, Call("text"): count})
+    return Counter({unet: count * job.steps * guided, Call("decode", entry.resolution): count})
 
 
 def scored(config: Config, job: Job, shown: set[Job]) -> Calls:
@@ -267,7 +275,8 @@ def _evaluated(config: Config) -> Iterator[Work]:
         images, name = sum(images_of(config, job) for job in these), f"{root} {model}"
         made = sum((drawn(config, job) for job in these), Counter())
         side = config.models[model].resolution
-        yield Work("generate", name, {"images": made}, images=images, side=side)
+        anew = Counter({Call("text"): sum(n for call, n in made.items() if call.network == "decode")})
+        yield Work("generate", name, {"images": made}, images=images, side=side, without_cache=anew)
         seen = sum((scored(config, job, set(these)) for job in these), Counter())
         readers = [m for m in metrics(config, root) if judge(config, m) == Call("clip_h14")]
         texts = sum(num_prompts(config, eval_set) for eval_set in {job.eval_set for job in these})

@@ -31,7 +31,7 @@ PNG_BYTES = 1.6  # per px of a generated picture; stated
 LORA_PARAMETERS = 1_451_520  # per rank, on to_q, to_k, to_v and to_out.0
 LATENT_BYTES = 2 * 2 * 4 / 64 * 2  # per px of a pair: two sides, mean and std, 4 channels at an eighth of the side
 TEXT_BYTES = (77 * 2048 + 1280) * 2  # of a prompt, 16 bit
-RULES = ("fetch", "latents", "embeddings", "preference_model", "tune", "generate", "score", "tables")
+RULES = ("fetch", "latents", "texts", "embeddings", "preference_model", "tune", "generate", "score", "tables")
 GUIDED = "Calls for one sample each. Plain: pre, and untuned models. Guidance calls twice."
 
 
@@ -237,9 +237,8 @@ def drivers(config: Config, items: list[Work], flops: Flops, speed: Rate, kept: 
     found["probes"] = hours(all_calls(tunes, "probes"))
     found["second_pass"] = hours(sum((item.second_pass for item in tunes), Counter()))
     found["all_forks_kept"] = hours(all_calls(campaign.works(config, 1.0))) - hours(all_calls(items))
-    anew = sum((item.without_cache for item in tunes), Counter())
-    kept_once = all_calls([item for item in items if item.rule == "latents"])
-    kept_once[Call("text")] += all_calls(tunes)[Call("text")]
+    anew = sum((item.without_cache for item in items), Counter())
+    kept_once = all_calls([item for item in items if item.rule in ("latents", "texts")])
     encoded = {call: n for call, n in kept_once.items() if call.network in ("encode", "text")}
     found["without_caches"] = hours(anew) - hours(encoded)
     teacher = [i for i in tunes if config.models[i.name.split()[1]].sampler not in STOCHASTIC]
@@ -326,7 +325,7 @@ def _notes(told: dict) -> list[str]:
         f"tuning of models with a multi-step sampler: {more['teacher_tuned']:,.1f} GPU-hours",
         f"SPO, if all forks were kept instead of {told['spo_forks_kept']:g}: {more['all_forks_kept']:+,.1f} GPU-hours; "
         "the share is stated, and known only while it runs",
-        "encoding pictures and prompts in every update instead of once for all runs on a model: "
+        "encoding pictures in every update, and prompts in every update and for every image, instead of once: "
         f"{more['without_caches']:+,.1f} GPU-hours",
     ]
     not_in_it = [
@@ -344,7 +343,7 @@ def _notes(told: dict) -> list[str]:
         "UNet, VAE, text encoders and judges of the published sizes; LoRAs on to_q, to_k, to_v and to_out.0",
         f"pairs of Pick-a-Pic v2 without ties: {campaign.PICKAPIC_PAIRS:,} of {campaign.PICKAPIC_PROMPTS:,} prompts; "
         "latents are made once for each model and only of the pairs that its runs visit, mean and std in 16 bit",
-        "prompts are encoded once for each cache or run, and read once by each judge",
+        "prompts are encoded once for each set of pairs and each base model, and read once by each judge",
         f"{PNG_BYTES:g} bytes for each px of a PNG; LoRAs in float32",
     ]
     unknown = [f"{job['job']}: {job['uncounted']}" for job in told["jobs"] if job["uncounted"]]

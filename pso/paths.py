@@ -7,7 +7,9 @@ results/{scale}/{task}/{model}/{method}/seed{seed}/          one run; task of a 
 results/{scale}/{task}/{model}/images.json scores.json       all runs of a model and task, all subjects together
 results/{scale}/{task}/{model}/untuned_images.json untuned_scores.json calibrate.json    its untuned rows alone
 results/{scale}/calibrate.{md,json}                          the untuned rows against the paper's cells
-results/{scale}/tables/  claims.{md,json}  figures/  hub/  cache/
+results/{scale}/cache/{model or metric}/{dataset}.safetensors .json     latents, embeddings
+results/{scale}/cache/texts/{owner}--{name}.safetensors .json        text conditions by a base's text encoders
+results/{scale}/tables/  claims.{md,json}  figures/  hub/
 """
 
 from pathlib import Path
@@ -55,6 +57,11 @@ def images_dir(run: Path, eval_set: str, steps: int) -> Path:
 
 def scores_file(run: Path, eval_set: str, steps: int, metric: str) -> Path:
     return run / "scores" / eval_set / f"steps{steps}" / f"{metric}.parquet"
+
+
+def texts_file(scale: str, base: str, results: Path = RESULTS) -> Path:
+    """Text conditions of prompts by the text encoders of a base, a repository."""
+    return scale_dir(scale, results) / "cache" / "texts" / f"{base.replace('/', '--')}.safetensors"
 
 
 def reference_file(table: str) -> Path:

@@ -226,6 +226,7 @@ def before(needs: Needs, results: Path) -> list[dict]:
     files = {
         "fetch": lambda name: hub / "repositories" / f"{slug(name)}.json",
         "latents": lambda name: (base / "cache" / name.replace(" ", "/")).with_suffix(".json"),
+        "texts": lambda name: base / "cache" / "texts" / f"{name}.json",
         "embeddings": lambda name: (base / "cache" / name.replace(" ", "/")).with_suffix(".json"),
         "preference_model": lambda name: hub / f"preference_model_{name}.json",
     }

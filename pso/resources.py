@@ -17,12 +17,13 @@ import yaml
 from pso import campaign
 from pso.campaign import Run, Work
 from pso.entries import UNTUNED, Config
-from pso.estimate import FIGURES, TEXT_BYTES, Flops, all_calls, counts, kept_name, rate
+from pso.estimate import FIGURES, Flops, all_calls, counts, kept_name, rate
 from pso.hub import is_outside
 from pso.leakage import data_sets
 from pso.provenance import ROOT, UserError
 from pso.runs import jobs, metrics
-from pso.steps import metric_repositories, model_repositories, published_entry
+from pso.steps import metric_repositories, model_repositories, published_entry, slug
+from pso.visits import bases
 from pso.work import Call
 
 # ---- the published sizes. Stated, unless it says measured ----
@@ -206,6 +207,8 @@ class Needs:
             return [job]
         if rule == "latents":
             return model_repositories(config, names[0])
+        if rule == "texts":
+            return [base for base in bases(config) if slug(base) == job]
         if rule == "preference_model":
             return model_repositories(config, names[0]) + self._judge("spm_lite")
         return self._judge(names[0]) if rule == "embeddings" else []
@@ -235,13 +238,12 @@ class Needs:
             return OWN_GB
 
     def _data_mb(self, rule: str, job: str) -> float:
-        """Data in memory: pictures on their way, text conditions of a run's prompts, embeddings of its pairs. Latents
-        stay in their files."""
+        """Data in memory: pictures on their way, embeddings of a run's pairs. Latents and text conditions stay in their
+        files."""
         if rule != "tune":
             return DATA_MB
         _, model, method, _ = job.split()
-        entry, config = self.config.methods[method], self.config
-        found = DATA_MB + campaign.num_prompts(config, entry.data) * TEXT_BYTES / 1e6 * (entry.reward is not None)
+        entry, found = self.config.methods[method], DATA_MB
         if entry.embeddings is not None:
             item = self.works.get(("embeddings", f"{entry.embeddings} {entry.data}"))
             found += counts(all_calls([item]))["scored"] * 1024 * 2 / 1e6 if item else 0

@@ -2,7 +2,9 @@
 
 A source is built once per run and asked for `batch(update)`. Which samples an update sees and all
 its noise are functions of (run seed, update, sample, step), so every method sees the same pairs in
-the same order with the same (t, eps) where it can, and a resumed run continues exactly.
+the same order with the same (t, eps) where it can, and a resumed run continues exactly. A class says
+`pure = True` if its batches depend on nothing else, on theta least of all: they may be made ahead
+(pso/prefetch.py).
 """
 
 from dataclasses import dataclass, field, replace
@@ -19,6 +21,7 @@ from pso.policy import Conditioning, Policy, to_images
 from pso.provenance import UserError
 from pso.ranks import Ranks
 from pso.rollout import Key, keyed_noise, keyed_seed, rollouts
+from pso.texts import KeptTexts
 from pso.visits import pair_indices
 
 
@@ -38,6 +41,13 @@ class Given:
     micro_batch: int = 256  # images sampled, decoded and scored at a time; changes no result
     embeddings: PairEmbeddings | None = None  # of the pairs
     ranks: Ranks = field(default_factory=Ranks)  # the processes among which sampling is shared out
+    texts: KeptTexts | None = None  # text conditions made before, where the run reads any
+
+    def encoded(self, texts: list[str]) -> Conditioning:
+        """Text conditions, kept or made."""
+        if self.texts is None:
+            return self.policy.encode_prompts(texts)
+        return self.texts.rows(texts, self.policy.device)
 
 
 class _Latents:
@@ -61,7 +71,7 @@ class _Latents:
         if getattr(self.cfg, "times", None) == "uniform":
             self.chain = at_every_time(self.chain)
         if getattr(self.cfg, "caption_dropout", 0):  # the last row of the condition is then the empty caption
-            given.condition = given.condition.followed_by(given.policy.encode_prompts([""]))
+            given.condition = given.condition.followed_by(given.encoded([""]))
 
     def samples(self, update: int) -> list[int]:
         given = self.given
@@ -110,6 +120,8 @@ class PreferencePairs(_Latents):
     """Labelled pairs of images, both noised forward to the same time (Eq. 6); they share eps unless the Config
     says otherwise."""
 
+    pure = True
+
     def batch(self, update: int) -> Batch:
         index = self.samples(update)
         n, shares_eps = self.steps(update, index), getattr(self.cfg, "pair_shares_eps", True)
@@ -132,6 +144,8 @@ class PreferencePairs(_Latents):
 class ContrastPairs(PreferencePairs):
     """Preference pairs in groups of `group_size` that are compared with each other: one time for a whole group, that
     of its first pair, and embeddings of captions and pictures."""
+
+    pure = True
 
     def __init__(self, given: Given):
         super().__init__(given)
@@ -156,6 +170,8 @@ class ContrastPairs(PreferencePairs):
 
 class Targets(_Latents):
     """The pairs' target images alone."""
+
+    pure = True
 
     def batch(self, update: int) -> Batch:
         index = self.samples(update)

@@ -9,7 +9,7 @@ from pathlib import Path
 from pso.entries import UNTUNED, Checkpoint, Config, RepositoryEntry
 from pso.hub import hub_dir, is_outside
 from pso.imagefolder import METADATA
-from pso.paths import RESULTS
+from pso.paths import RESULTS, texts_file
 from pso.provenance import UserError
 from pso.runs import jobs
 from pso.runs import metrics as shown_metrics
@@ -40,7 +40,7 @@ class Steps:
     """Files of steps, by what needs them."""
 
     def __init__(self, config: Config, results: Path = RESULTS):
-        self.config, self.hub = config, hub_dir(config.scale, results)
+        self.config, self.results, self.hub = config, results, hub_dir(config.scale, results)
         self.standin = config.scale_entry.standin
         self.published = {} if self.standin is None else self.standin.published
 
@@ -68,6 +68,16 @@ class Steps:
         unets = {(UNETS | published)[repo] for repo in repos if repo in UNETS | published}
         loras = {(LORAS | published)[lora.repo] for lora in entry.loras if lora.repo in LORAS | published}
         return self.named(*sorted({"teacher"} | unets | loras))
+
+    def base(self, base: str) -> list[str]:
+        """Of a base model alone."""
+        if self.standin is None:
+            return self.repositories(base)
+        return self.named(*sorted({"teacher", UNETS.get(base, "teacher")}))
+
+    def texts(self, model: str) -> list[str]:
+        """The kept text conditions of a model's prompts."""
+        return [str(texts_file(self.config.scale, self.config.models[model].base, self.results))]
 
     def data(self, *datasets: str) -> list[str]:
         if self.standin is None:

@@ -1,5 +1,7 @@
 """What a run trains on, by the format of its data set: a latent cache, the pictures of one subject, or prompts."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,8 @@ from pso.entries import Config, MethodEntry
 from pso.hub import Hub
 from pso.policy import Conditioning, Policy
 from pso.sources import Given
+from pso.texts import KeptTexts
+from pso.visits import reads_texts
 
 VISITS = 64  # samples of each picture in an epoch; noise belongs to a sample, so none is twice in an update
 
@@ -24,11 +28,11 @@ class SubjectPictures:
     inputs: list[dict] = []  # the hub remembers the files
     left_out: tuple[int, ...] = ()
 
-    def __init__(self, policy: Policy, subject: Subject):
+    def __init__(self, policy: Policy, subject: Subject, encode: Callable[[list[str]], Conditioning]):
         pictures = pixels(policy, [path.read_bytes() for path in subject.images])
         self.mean, self.std = (v.cpu() for v in policy.encode_images(pictures))
         self.prompts = [subject.instance_prompt]
-        self.encoded = policy.encode_prompts(self.prompts)
+        self.encoded = encode(self.prompts)
         self.prompt_index = torch.zeros(VISITS * len(subject.images), dtype=torch.long)
         self.counts = {"subject": subject.name, "pictures": len(subject.images)}
 
@@ -50,16 +54,18 @@ class SubjectPictures:
 def give_data(given: Given, config: Config, model: str, method: MethodEntry, subject: str | None, hub: Hub, results):
     """Fill in what a run's source works from: pairs (or targets), prompts, their condition and embeddings."""
     name, policy = method.data, given.policy
+    if reads_texts(config, method):
+        given.texts = KeptTexts(config, model, hub, results)
     dataset, visits = config.datasets[name], method.tune.num_updates * method.tune.batch_size
     if dataset.format in PAIRS:
         given.pairs = PairCache(config.scale, model, name, results)
         if method.reward is None:  # else it works from the prompts
             given.pairs.require(given.seed, visits)
     elif dataset.format == "dreambooth":
-        given.pairs = SubjectPictures(policy, load_subject(hub, dataset, name, subject))
+        given.pairs = SubjectPictures(policy, load_subject(hub, dataset, name, subject), given.encoded)
     if given.pairs is None:
         given.prompts = [p.text for p in load_prompt_set(hub, dataset, name)]
-        given.condition = policy.encode_prompts(given.prompts)
+        given.condition = given.texts.condition(given.prompts, policy.device)
         return
     given.prompts, given.condition = given.pairs.prompts, given.pairs.condition(policy.device)
     if method.embeddings is not None:

@@ -40,6 +40,7 @@ from pso.objective import Objective
 from pso.params import kept_params, run_modules
 from pso.paths import LORA_FILE, RESULTS, run_dir, scale_dir, subject_of
 from pso.policy import Policy
+from pso.prefetch import prefetched
 from pso.probe import Probe
 from pso.provenance import Meter, atomic, digest, fingerprint, fingerprints, record, sentences, write_json
 from pso.ranks import Ranks
@@ -183,8 +184,9 @@ def tune(run: Run, ranks: Ranks) -> None:
         timeline = Timeline(run.folder / TIMELINE)
         gpus = ranks.count if ranks.accelerator.device.type == "cuda" else 0
         timeline.began(start, tuning.num_updates, ranks.count, gpus)
-    loop = Loop(run.method, tuning, given, source, probe, objective, optimizer, checkpoints, journal, timeline)
-    counts = loop(start)
+    with prefetched(source, policy.device, tuning.num_updates) as batches:
+        loop = Loop(run.method, tuning, given, batches, probe, objective, optimizer, checkpoints, journal, timeline)
+        counts = loop(start)
     if not ranks.main:
         return
     policy.save_lora(run.folder / "lora")
@@ -244,7 +246,7 @@ def outcome(run: Run, given: sources.Given, source) -> dict:
 
 def inputs_of(hub: Hub, given: sources.Given) -> list[dict]:
     """Repository, file and sha256 of all that was read, those behind the caches included, each once."""
-    caches = [cache for cache in (given.pairs, given.embeddings) if cache is not None]
+    caches = [cache for cache in (given.pairs, given.embeddings, given.texts) if cache is not None]
     found = [*hub.inputs(), *(entry for cache in caches for entry in cache.inputs)]
     return [entry for i, entry in enumerate(found) if entry not in found[:i]]
 

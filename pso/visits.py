@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pso.checks import PAIRS
 from pso.entries import UNTUNED, Config, MethodEntry
 from pso.provenance import UserError
 from pso.runs import jobs
@@ -117,3 +118,28 @@ def kept_prompts(plan: Plan | None, pairs: np.ndarray, prompt_index: np.ndarray,
     else:
         kept[[i for shown in plan.probe_prompts for i in probed(shown, num_prompts)]] = True
     return kept
+
+
+# ---- texts: those of prompt sets and subjects, for all models of one base ----
+
+
+def reads_texts(config: Config, method: MethodEntry) -> bool:
+    """Whether a run takes text conditions of pso/texts.py. The captions of pairs lie with their latents, the empty one,
+    which methods that drop captions need, does not."""
+    return config.datasets[method.data].format not in PAIRS or method.objective.get("caption_dropout", 0) > 0
+
+
+def bases(config: Config) -> list[str]:
+    """Repositories of the base models behind the tables asked for."""
+    return sorted({config.models[job.model].base for job in jobs(config)})
+
+
+def text_sets(config: Config, base: str) -> list[tuple[str, str]]:
+    """(data set, its subject or "") of all prompts that the tables' jobs on models of a base read: evaluation sets, and
+    what runs train on beside pairs."""
+    found = set()
+    for job in (job for job in jobs(config) if config.models[job.model].base == base):
+        sets = [job.eval_set] + ([config.methods[job.method].data] if job.method != UNTUNED else [])
+        for name in (name for name in sets if config.datasets[name].format not in PAIRS):
+            found.add((name, job.subject or "" if config.datasets[name].format == "dreambooth" else ""))
+    return sorted(found)

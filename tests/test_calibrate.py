@@ -288,7 +288,7 @@ def drawn(monkeypatch, tmp_path):
     """Generation with a network that paints a colour for each prompt; how many blocks it made."""
     made = Counter()
 
-    def paint(policy, chain, block, size):
+    def paint(policy, chain, block, size, conditions):
         made["blocks"] += 1
         return [Image.new("RGB", (8, 8), (i, 0, 0)) for i, _ in enumerate(block)]
 
@@ -297,6 +297,7 @@ def drawn(monkeypatch, tmp_path):
     changed = {
         "load_policy": lambda *args, **more: policy,
         "chain_for": lambda *args: None,
+        "KeptTexts": lambda *args: SimpleNamespace(rows=None, inputs=[]),
         "sample_block": paint,
         "eval_prompts": lambda hub, entry, name, subject: prompts_of(["a", "b", "c"], name),
     }

@@ -110,7 +110,9 @@ def policy(hub):
 
 @pytest.fixture(scope="module")
 def pictures(hub, policy):
-    return SubjectPictures(policy, load_subject(Hub(hub.root), config().datasets[SET], SET, "cored_circle"))
+    return SubjectPictures(
+        policy, load_subject(Hub(hub.root), config().datasets[SET], SET, "cored_circle"), policy.encode_prompts
+    )
 
 
 def test_pictures_are_encoded_as_a_cache_holds_them(hub, policy, pictures):

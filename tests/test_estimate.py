@@ -190,7 +190,8 @@ THETA, THETA_512, PLAIN, DECODE, ENCODE, TEXT, PICK, READ = (
 PAIRS_SEEN, PROMPTS = 320_000, 58_960
 CACHED_TEXT = (PAIRS_SEEN - PROMPTS) * TEXT / HOUR  # encoded with every pair; here once
 CACHED = (2 * PAIRS_SEEN * ENCODE + PROMPTS * TEXT) / HOUR  # a cache at 1024 px
-READ_AGAIN = (480_000 - 4000) * (TEXT + READ) / HOUR  # 4,000 prompts encoded and read with every pair; here once
+# 4,000 prompts encoded and read with every pair; here read once, and encoded once with those of the evaluation sets
+READ_AGAIN = (480_000 * TEXT + (480_000 - 4000) * READ) / HOUR
 TRAINING = ("training", "sampling", "latents")
 
 
@@ -316,7 +317,8 @@ def test_disk_by_hand():
     told = estimate.estimate(load({"scale": "paper"}), ["table4"])
     disk = told["total"]["disk_gb"]
     assert disk["latents"] == pytest.approx(KEPT * 2 * 2 * 4 * 128 * 128 * 2 / 1e9, rel=1e-5)
-    assert disk["prompt embeddings"] == pytest.approx(58_960 * (77 * 2048 + 1280) * 2 / 1e9)
+    texts = 58_960 + 4000 + 2132 + 1  # of pairs, of both evaluation sets, and the empty one
+    assert disk["prompt embeddings"] == pytest.approx(texts * (77 * 2048 + 1280) * 2 / 1e9)
     images = 11 * 2132  # 11 rows, 500 + 1632 prompts
     assert told["total"]["images"] == images and disk["images"] == pytest.approx(images * 1024**2 * 1.6 / 1e9)
     assert disk["LoRAs"] == pytest.approx(7 * 32 * estimate.LORA_PARAMETERS * 4 / 1e9)
@@ -340,7 +342,8 @@ def test_the_sums_are_sums():
 def test_what_the_caches_save_is_encoding_in_every_update():
     told = estimate.estimate(load({"scale": "paper"}), ["table4"], mfu=1.0)
     pictures = (4 * 2 + 1) * PAIRS_SEEN - 2 * KEPT  # four methods, the naive one of one side; less the cache
-    texts = (5 * PAIRS_SEEN + 2 * 480_000 - PROMPTS - 2 * 4000) * TEXT / HOUR
+    drawn = 11 * (504 + 1632)  # in batches of 8
+    texts = (5 * PAIRS_SEEN + 2 * 480_000 + drawn - PROMPTS - 4000 - 2132 - 1) * TEXT / HOUR
     expected = pictures * ENCODE / HOUR + texts
     assert told["drivers"]["without_caches"] == pytest.approx(expected, rel=1e-3)
 
@@ -357,7 +360,7 @@ def test_the_text_says_what_it_stands_on(tmp_path):
     config = load({"scale": "paper"})
     said = estimate.text(config, ["table2"])
     assert "utilisation of 0.5 (stated, not measured) of 788 TFLOP/s" in said and "second pass" in said
-    for rule in ("fetch", "latents", "embeddings", "tune", "preference_model", "generate", "score"):
+    for rule in ("fetch", "latents", "texts", "embeddings", "tune", "preference_model", "generate", "score"):
         assert f"| {rule} |" in said
     assert "table1" not in said and "0.25 (as asked for)" in estimate.text(config, ["table2"], mfu=0.25)
     path = estimate.write(estimate.estimate(config, ["table2"]), tmp_path)

@@ -95,9 +95,9 @@ def test_a_block_depends_on_nothing_outside_it(generator):
     chain = chain_for("sdxl_dmd2", generator.entry, 4)
     images = wanted(generator.eval_set("pickapic_test"), 1, 0)
     torch.manual_seed(1)
-    first = sample_block(generator.policy, chain, images[:2], 4)
+    first = sample_block(generator.policy, chain, images[:2], 4, generator.texts.rows)
     torch.manual_seed(2)  # the global stream must not be used
-    second = sample_block(generator.policy, chain, images[:2], 4)
+    second = sample_block(generator.policy, chain, images[:2], 4, generator.texts.rows)
     assert [a.tobytes() for a in first] == [b.tobytes() for b in second]
 
 

@@ -311,7 +311,7 @@ def test_the_estimate_stands_beside_what_was_spent(tmp_path):
     assert {n: row["estimated_hours"] for n, row in zip(names, found["runs"], strict=True)} == pytest.approx(hours)
     assert found["estimated_hours"] == pytest.approx(told["rules"]["tune"]["gpu_hours"])
     assert sum(found["left_s"].values()) > found["estimated_hours"] * HOUR
-    assert [row["rule"] for row in found["before"]] == ["fetch", "latents", "embeddings", "preference_model"]
+    assert [row["rule"] for row in found["before"]] == ["fetch", "latents", "texts", "embeddings", "preference_model"]
 
 
 @pytest.mark.parametrize("scale", ["smoke", "miniature", "rehearsal", "paper"])

@@ -165,7 +165,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 import toy
-from eval.generate import Wanted, write_shard
+from eval.generate import Shard, Wanted
 from pso.checkpoint import Checkpoints
 from pso.journal import Journal
 from pso.provenance import Meter, atomic, sentences
@@ -186,7 +186,7 @@ with sentences("job"):
 """
 TENSORS = "{'x': torch.zeros(5000)}"
 WRITERS = {  # name: (statement, what is named besides `path`, files below path that stay)
-    "image shard": ("write_shard(path / 'a', iter([(Wanted('p', 0, 'x'), picture)]), {})", "a", []),
+    "image shard": ("s = Shard(path / 'a', {}); s.add([Wanted('p', 0, 'x')], [picture]); s.write()", "a", []),
     "tensors": (f"with atomic(path / 'a') as part: save_file({TENSORS}, part)", "a", []),
     "LoRA": ("policy.save_lora(path)", "pytorch_lora_weights.safetensors", []),
     "checkpoint": ("checkpoints.save(2, policy, optimizer, None)", "update0000002", []),

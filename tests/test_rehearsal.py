@@ -398,6 +398,7 @@ def test_the_command_writes_the_step_with_what_was_written(command, tmp_path, re
 def test_two_runs_are_tuned_and_a_model_generated_and_scored_by_the_commands(command, results):
     given = ["--results", str(results), "--set", json.dumps({"tables": ["table2"], **SMALL})]
     command("pso.caches", "--model", "sdxl_turbo", "--dataset", "pickapic_v2", *given)
+    command("pso.texts", "--model", "sdxl_turbo", *given)  # also of sdxl_turbo_dpo_delta, which has its base
     for method in ("pso_offline", "pso_online"):
         command("pso.tune", "--model", "sdxl_turbo", "--method", method, *given)
         folder = results / "rehearsal" / "preference" / "sdxl_turbo" / method / "seed0"

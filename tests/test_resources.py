@@ -59,6 +59,7 @@ def test_all_limits_together_are_the_estimate_with_what_is_beside_it(told, needs
     """An independent sum over rules: GPU-hours, pictures by their area, updates, loading."""
     each = {"latents": 0.15, "preference_model": 0.12, "tune": 0.12, "generate": 0.6, "score": 0.5, "embeddings": 0.05}
     jobs = [job for job in told["jobs"] if job["rule"] in each]
+    assert {job["rule"] for job in told["jobs"]} - set(each) == {"fetch", "texts"}
     images = {job["job"]: job["images"] for job in jobs if job["rule"] == "generate"}
     expected = 3600 * sum(job["gpu_hours"] for job in jobs) + 300 * len(jobs)
     expected += 0.2 * sum(updates_of(needs.config, job) for job in jobs if job["rule"] == "tune")
@@ -101,8 +102,7 @@ def test_memory_holds_the_weights_twice(needs):
     assert needs.mem_mb("generate", "preference sdxl_dmd2") == math.ceil(6000 + 4000 + 2000 * files)
     with_deltas = needs.mem_mb("generate", "preference sdxl_dmd2_dpo_delta")
     assert with_deltas - needs.mem_mb("generate", "preference sdxl_dmd2") == pytest.approx(2000 * 10.3, abs=1)
-    prompts = campaign.num_prompts(needs.config, "training_prompts_4k") * estimate.TEXT_BYTES / 1e6
-    online = 10_000 + 2000 * (files + 3.95) + prompts
+    online = 10_000 + 2000 * (files + 3.95)  # its prompts' text conditions stay in their file
     assert needs.mem_mb("tune", "preference sdxl_dmd2 pso_online seed0") == math.ceil(online)
     assert needs.mem_mb("fetch", "yuvalkirstain/PickScore_v1") < 5_000
 

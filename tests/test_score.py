@@ -3,6 +3,7 @@
 import doctest
 import io
 import json
+import shutil
 import sys
 import weakref
 
@@ -81,7 +82,7 @@ def test_order_and_batch_change_nothing(scorers, images, batch):
     assert np.allclose(again, found.iloc[order], rtol=1e-5, atol=1e-5)
 
 
-def test_no_more_than_one_batch_is_decoded_at_once(scorers):
+def test_no_more_than_two_batches_are_decoded_at_once(scorers):
     alive, most = [], []
 
     class Lazy:
@@ -95,7 +96,7 @@ def test_no_more_than_one_batch_is_decoded_at_once(scorers):
             return image
 
     found = score_pictures(Lazy(), ["a"] * 12, scorers, batch=3)
-    assert len(found) == 12 and len(most) == 12 and max(most) == 3
+    assert len(found) == 12 and len(most) == 12 and max(most) <= 6
 
 
 def test_siblings_come_together_wherever_they_stand(images):
@@ -433,6 +434,147 @@ def test_other_untuned_images_change_only_what_is_compared_with_them(run):
     assert again == {f"untuned/seed0/{tail}/{m}.parquet" for m in COLUMNS} | {
         f"pso_offline/seed0/{tail}/sharpness_ratio.parquet"
     }
+
+
+# ---- scores that are taken over ----
+
+
+class Counting:
+    """Sharpness that counts the pictures it was shown; `spec` may be another one."""
+
+    compared_with, spec = None, {"version": 1}
+
+    def __init__(self):
+        self.plain, self.seen = sharpness.load({}, "cpu"), 0
+
+    def score(self, images, prompts):
+        self.seen += len(images)
+        return self.plain.score(images, prompts)
+
+
+@pytest.fixture
+def counting(monkeypatch):
+    """The scorer of the column `sharpness`."""
+    scorer, load_metric = Counting(), score_module.load_metric
+    monkeypatch.setattr(
+        score_module, "load_metric", lambda name, *given: scorer if name == "sharpness" else load_metric(name, *given)
+    )
+    return scorer
+
+
+def repaint(results, method: str, shard: int, change) -> None:
+    """Change the rows of a shard on the first eval set, as if it was drawn again, and list it anew."""
+    manifest = results / "smoke/preference" / MODEL / "images.json"
+    content = json.loads(manifest.read_text())
+    entry = next(e for e in content["images"] if e["method"] == method and e["eval_set"] == SETS[0])
+    path = results / "smoke" / entry["shards"][shard]["file"]
+    rows = pq.read_table(path).to_pylist()
+    change(rows)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    entry["shards"][shard]["sha256"] = sha256_of(path)
+    manifest.write_text(json.dumps(content))
+
+
+def tuned_scores(results, metric: str) -> pd.DataFrame:
+    job = next(job for job in jobs(config()) if job.method == "pso_offline" and job.eval_set == SETS[0])
+    return pq.read_table(job.scores("smoke", metric, results)).to_pandas()
+
+
+def new_picture(rows) -> None:
+    rows[1]["png"] = encoded(noise(24, 24, seed=77))
+
+
+def other_prompt(rows) -> None:
+    rows[1]["prompt"] = "another prompt of the same id"
+
+
+def other_order(rows) -> None:
+    """The file is another one, the pictures are not."""
+    rows.reverse()
+
+
+CHANGED = [(new_picture, 1), (other_prompt, 1), (other_order, 0)]
+
+
+@pytest.mark.parametrize(("change", "anew"), CHANGED, ids=[c.__name__ for c, _ in CHANGED])
+def test_after_one_shard_has_changed_only_its_new_pictures_are_scored(tmp_path, counting, change, anew):
+    write_run(tmp_path)
+    score(config(), MODEL, tmp_path)
+    assert counting.seen == 24
+    before, counting.seen = tuned_scores(tmp_path, "sharpness"), 0
+    repaint(tmp_path, "pso_offline", 1, change)
+    score(config(), MODEL, tmp_path)
+    found = tuned_scores(tmp_path, "sharpness")
+    assert counting.seen == anew and len(found) == 6
+    scores = (frame.set_index("image_id")["score"].sort_index() for frame in (before, found))
+    assert sum(a != b for a, b in zip(*scores, strict=True)) == (change is new_picture)
+    told = json.loads((tmp_path / "smoke/preference" / MODEL / "scores.json").read_text())["cost"]
+    # hf_ratio as sharpness; sharpness_ratio compares, so all six are scored again
+    assert (told["scores_made"], told["scores_taken_over"]) == (2 * anew + 6, 2 * (6 - anew))
+    fresh = tmp_path / "fresh"
+    shutil.copytree(tmp_path / "smoke", fresh / "smoke", ignore=shutil.ignore_patterns("scores"))
+    score(config(), MODEL, fresh)
+    for metric in COLUMNS:
+        assert tuned_scores(fresh, metric).equals(tuned_scores(tmp_path, metric))
+
+
+def test_another_scorer_scores_all_of_it_again(tmp_path, counting):
+    write_run(tmp_path)
+    score(config(), MODEL, tmp_path)
+    counting.seen, counting.spec = 0, {"version": 2}
+    repaint(tmp_path, "pso_offline", 1, new_picture)
+    score(config(), MODEL, tmp_path)
+    assert counting.seen == 24
+
+
+@pytest.mark.parametrize("damage", ["cut", "of an earlier version"])
+def test_a_file_that_cannot_be_taken_from_is_scored_again(tmp_path, counting, damage):
+    write_run(tmp_path)
+    score(config(), MODEL, tmp_path)
+    job = next(job for job in jobs(config()) if job.method == "pso_offline" and job.eval_set == SETS[0])
+    path = job.scores("smoke", "sharpness", tmp_path)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:300])
+    else:
+        pq.write_table(pq.read_table(path).drop_columns(["image_sha256", "prompt"]), path)
+    counting.seen = 0
+    repaint(tmp_path, "pso_offline", 1, new_picture)
+    score(config(), MODEL, tmp_path)
+    assert counting.seen == 6
+
+
+def test_known_scores_stand_and_the_others_are_those_without_them(scorers, images):
+    whole = score_pictures(images, CAPTIONS, scorers, batch=4)
+    known = {"pick_score": np.array([np.nan, 7.0, np.nan, 8.0, np.nan, np.nan])}
+    found = score_pictures(images, CAPTIONS, scorers, batch=4, known=known)
+    assert found["pick_score"][[1, 3]].tolist() == [7.0, 8.0] and np.isnan(known["pick_score"][0])
+    others = [0, 2, 4, 5]
+    assert np.allclose(found["pick_score"][others], whole["pick_score"][others], rtol=1e-5, atol=1e-5)
+    assert found[["clip_score", "sharpness"]].equals(whole[["clip_score", "sharpness"]])
+
+
+def test_scores_are_those_of_the_plain_order(scorers, images):
+    """One batch after the other, nothing read ahead."""
+    found = score_pictures(images, CAPTIONS, scorers, batch=2)
+    for name, scorer in scorers.items():
+        parts = [scorer.score(images[i : i + 2], CAPTIONS[i : i + 2]).double() for i in (0, 2, 4)]
+        assert found[name].tolist() == torch.cat(parts).tolist()
+
+
+def test_a_broken_picture_comes_out_after_the_batches_before_it(scorers):
+    class Breaks:
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, row):
+            if row == 5:
+                raise UserError("image 5 cannot be decoded")
+            return noise(seed=row)
+
+    done = []
+    with pytest.raises(UserError, match="image 5"):
+        score_pictures(Breaks(), ["a"] * 6, scorers, batch=2, progress=lambda count, _: done.append(count))
+    assert done == [2, 4]
 
 
 @pytest.mark.parametrize("broken", ["picture", "untuned picture", "untuned row"])

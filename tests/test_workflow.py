@@ -76,7 +76,7 @@ def test_every_target_resolves(target, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("rule", ["latents", "embeddings", "preference_model", "tune", "generate", "score"])
+@pytest.mark.parametrize("rule", ["latents", "texts", "embeddings", "preference_model", "tune", "generate", "score"])
 def test_what_loads_a_network_asks_for_the_gpu(rule):
     """`--resources gpu=1` promises one such job at a time; a second one beside a run would take the memory it counts
     on (pso/memory.py)."""
@@ -127,6 +127,7 @@ CHANGES = [  # settings, rules that have to run again, rules that need not
     ({"methods": {"pso_offline": {"objective": {"beta": 7.0}}}}, TUNE, {"latents"}),
     ({"models": {"sdxl_dmd2": {"vae": None}}}, {"latents"} | TUNE, {"hub_vae"}),
     ({"models": {"sdxl_dmd2": {"grids": {3: [999, 666, 333]}}}}, {"generate"}, {"tune"}),
+    ({"tables": ["table1"]}, {"texts"}, {"tune"}),  # of fewer sets; runs have what they had
 ]
 
 

@@ -52,6 +52,7 @@ rule generate_untuned:
     input:
         lambda w: STEPS.data(*image_sets(w, untuned=True)),
         lambda w: STEPS.model(w.model) + STEPS.gate(w.model),
+        ancient(kept_texts),
     output:
         f"{BASE}/{{task}}/{{model}}/untuned_images.json",
     log:

@@ -9,7 +9,8 @@ from pso.paths import LORA_FILE, manifest, model_dir, reference_file
 from pso.provenance import UserError, fingerprint
 from pso.resources import Needs
 from pso.runs import calibrated, calibrations, jobs, metrics, where_results_lie
-from pso.steps import Steps
+from pso.steps import Steps, slug
+from pso.visits import reads_texts, text_sets
 
 
 configfile: str(ROOT / "workflow" / "config" / "config.yaml")
@@ -53,6 +54,7 @@ wildcard_constraints:
     metric="|".join(CONFIG.metrics),
     table="|".join(CONFIG.table_entries),
     seed=r"\d+",
+    base="|".join(sorted({slug(entry.base) for entry in CONFIG.models.values()})),
 
 
 # ---- params
@@ -106,6 +108,28 @@ def tune_inputs(wildcards):
     if method.embeddings is not None:
         found.append(f"{BASE}/cache/{method.embeddings}/{method.data}.safetensors")
     return found + STEPS.rewards(wildcards.method, wildcards.model)
+
+
+def kept_texts(wildcards):
+    """Kept text conditions that a run or a row reads."""
+    method = getattr(wildcards, "method", None)
+    if method is None or reads_texts(CONFIG, CONFIG.methods[method]):
+        return STEPS.texts(wildcards.model)
+    return []
+
+
+def models_of(base):
+    return [name for name, entry in CONFIG.models.items() if entry.base == base]
+
+
+def base_of(wildcards):
+    """The repository of a base that is named in a path."""
+    bases = {entry.base for entry in CONFIG.models.values()}
+    return next(base for base in sorted(bases) if slug(base) == wildcards.base)
+
+
+def text_data(wildcards):
+    return sorted({name for name, _ in text_sets(CONFIG, base_of(wildcards))})
 
 
 def image_jobs(wildcards, untuned=False):

@@ -37,6 +37,35 @@ rule latents:
         " -m pso.caches --model {wildcards.model} --dataset {wildcards.dataset} 2>&1 | tee {log}"
 
 
+rule texts:  # text conditions of prompts, once for all models of a base. More tables add to it, so nothing is made anew for it
+    input:
+        lambda w: STEPS.data(*text_data(w)),
+        lambda w: STEPS.base(base_of(w)),
+    output:
+        f"{BASE}/cache/texts/{{base}}.safetensors",
+        f"{BASE}/cache/texts/{{base}}.json",
+    log:
+        f"{BASE}/logs/texts-{{base}}.log",
+    conda:
+        "../../envs/pso-bench.yaml"
+    resources:
+        **needs("texts", "{base}"),
+        gpu=1,
+        nodes=1,
+    params:
+        model=lambda w: models_of(base_of(w))[0],
+        sets=lambda w: text_sets(CONFIG, base_of(w)),
+        datasets=lambda w: {
+            name: CONFIG.datasets[name].model_dump(exclude={"num_seeds"})
+            for name in text_data(w)
+        },
+        dtype=CONFIG.scale_entry.dtype,
+        code=fingerprint("pso.texts"),
+    shell:
+        "python -m pso.launch --gpus {resources.gpu} --nodes {resources.nodes} --cpus {threads}"
+        " -m pso.texts --model {params.model} 2>&1 | tee {log}"
+
+
 rule embeddings:  # only for methods that compare pair with pair
     input:
         lambda w: STEPS.pairs(w.dataset),

@@ -7,6 +7,7 @@ rule generate:
         lambda w: STEPS.data(*image_sets(w)),
         lambda w: STEPS.model(w.model) + STEPS.gate(w.model),
         lora_inputs,
+        ancient(kept_texts),
         made_before("images"),
     output:
         f"{BASE}/{{task}}/{{model}}/images.json",

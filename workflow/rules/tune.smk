@@ -4,6 +4,8 @@
 rule tune:
     input:
         tune_inputs,
+        # they belong to their texts, whichever are beside them
+        ancient(kept_texts),
         # a warning at most, so that what is trained stays when scorers change
         ancient(lambda w: calibrations(CONFIG, w.task, w.model)),
     output:
