@@ -1,6 +1,7 @@
 """The updates of a run: batch, gradient, step, log, probe, checkpoint; and what can go wrong between them."""
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -11,7 +12,7 @@ from pso.checkpoint import Checkpoints
 from pso.entries import TuneConfig
 from pso.evidence import Batch
 from pso.journal import Journal
-from pso.objective import Objective
+from pso.objective import Objective, numbers
 from pso.probe import Probe
 from pso.provenance import UserError
 from pso.ranks import Ranks
@@ -69,12 +70,14 @@ class Loop:
         )
         parameters = self.given.policy.lora_parameters()
         norm = self.ranks.accelerator.clip_grad_norm_(parameters, self.tuning.max_grad_norm)
-        if not torch.isfinite(norm):
-            raise self.broken(number, batch, loss, norm.item())
+        # the one time in an update that the host waits for the device
+        found = numbers({"loss": loss, **logged, **batch.log, "grad_norm": norm})
+        if not math.isfinite(found["grad_norm"]):
+            raise self.broken(number, batch, found["loss"], found["grad_norm"])
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ranks.main:
-            self.journal.update(number + 1, {"loss": loss, **logged, **batch.log, "grad_norm": norm.item()})
+            self.journal.update(number + 1, found)
             self.timeline.at(number + 1)
 
     def look(self, done: int) -> None:

@@ -5,6 +5,7 @@ sigmoid: the loss is a function of a small tensor of evidence, so its derivative
 network's rows need of it, in whatever calls and processes they are made.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import NamedTuple
@@ -72,8 +73,9 @@ class Objective:
         network = self.policy.guided_eps if sampled else self.policy.eps
         return network(self.chain, n, x, condition.rows(call.prompts), pre=pre)
 
-    def backward(self, batch: Batch, condition: Conditioning) -> tuple[float, dict]:
-        """Gradients of the loss of the whole batch, added to the parameters; (loss, what to log).
+    def backward(self, batch: Batch, condition: Conditioning) -> tuple[Tensor, dict]:
+        """Gradients of the loss of the whole batch, added to the parameters; (loss, what to log), still on the device:
+        nothing here waits for the network (`numbers` does, once).
 
         If this process's rows fit into the micro-batch, each goes through the network once. Else twice: for the
         evidence, without a graph, and again for the gradient, one chunk after the other.
@@ -97,13 +99,13 @@ class Objective:
                 if any(incoming[side] is not None for side, _ in call.places):
                     self._back(call, made if once else self.evidence(call, condition, pre), name, incoming)
         self.ranks.add_up_gradients(self.policy.lora_parameters())
-        return value.item(), logged
+        return value.detach(), logged
 
     def loss(self, per_side: list[Evidence], batch: Batch) -> tuple[Tensor, dict]:
         """The method's, and what to log."""
         target, reference = (per_side + [None])[:2]
         value, extra = self.module.loss(target, reference, batch, self.cfg)
-        return value, {**measures(target, reference, batch), **{k: v.item() for k, v in extra.items()}}
+        return value, {**measures(target, reference, batch), **extra}
 
     def _calls(self, batch: Batch, condition: Conditioning) -> list[Call]:
         """This process's rows: one call with all of them, or chunks of one side each."""
@@ -172,15 +174,42 @@ class Objective:
 def measures(target: Evidence, reference: Evidence | None, batch: Batch) -> dict:
     """What tells more than the loss, which stays near log 2 while a preference method works."""
     if target.ratio is None:
-        return {"error": -target.raw.mean().item()}
+        return {"error": -target.raw.detach().mean()}
     if reference is None:
         return {}
     margin = (target.ratio - reference.ratio).detach().sum(1)
-    found = {"margin": margin.mean().item(), "implicit_accuracy": (margin > 0).float().mean().item()}
+    found = {"margin": margin.mean(), "implicit_accuracy": (margin > 0).float().mean()}
     if target.kl is None or reference.kl is None:
         return found
     both = torch.stack([target.kl, reference.kl]).mean((0, 1))
     steps = batch.target.n
     same = bool((steps == steps[0]).all())
-    per_step = {int(n): round(v, 8) for n, v in zip(steps[0], both.tolist(), strict=True)} if same else None
-    return {**found, "kl_batch": per_step if per_step else both.mean().item()}
+    per_step = dict(zip(steps[0].tolist(), both, strict=True)) if same else None
+    return {**found, "kl_batch": per_step if per_step else both.mean()}
+
+
+def numbers(found: dict) -> dict:
+    """Tensors of one element, also in dicts of dicts, as plain numbers: by one transfer, for which the host waits."""
+    tensors = list(_tensors(found))
+    device = tensors[0].device if tensors else None
+    values = torch.stack([v.detach().to(device, torch.float64) for v in tensors]).tolist() if tensors else []
+    return _filled(found, iter(values))
+
+
+def _tensors(found: dict) -> Iterator[Tensor]:
+    for value in found.values():
+        if isinstance(value, dict):
+            yield from _tensors(value)
+        elif isinstance(value, Tensor):
+            yield value
+
+
+def _filled(found: dict, values: Iterator[float]) -> dict:
+    """In the order of `_tensors`."""
+    filled = {}
+    for key, value in found.items():
+        if isinstance(value, dict):
+            filled[key] = _filled(value, values)
+        else:
+            filled[key] = next(values) if isinstance(value, Tensor) else value
+    return filled

@@ -13,7 +13,7 @@ from pso import pso_offline, pso_online
 from pso.evidence import Batch
 from pso.loop import retried
 from pso.mdp import Renoise
-from pso.objective import Objective
+from pso.objective import Objective, numbers
 from pso.ranks import Ranks
 
 PAIRS = 4
@@ -40,7 +40,7 @@ def gradient(step: Objective, name: str) -> tuple[torch.Tensor, float, dict]:
     made = batch(name, step.chain)
     condition = step.policy.encode_prompts(toy.PROMPTS)
     value, logged = retried(lambda: step.backward(made, condition), step.use_less_memory)
-    return torch.cat([p.grad.flatten() for p in step.policy.lora_parameters()]), value, logged
+    return torch.cat([p.grad.flatten() for p in step.policy.lora_parameters()]), value.item(), numbers(logged)
 
 
 def run_out_of_memory(step: Objective, rows: int) -> None:

@@ -22,7 +22,7 @@ from pso import pso_offline
 from pso.entries import EvidenceConfig
 from pso.evidence import Batch, Evidence, Side, gather
 from pso.mdp import Ancestral, Renoise
-from pso.objective import Objective
+from pso.objective import Objective, numbers
 from pso.policy import Policy
 from pso.sources import Given, PreferencePairs
 
@@ -256,7 +256,8 @@ def step(policy, module, batch: Batch, micro_batch: int = 100, chain=None, **cha
     vector = torch.cat([p.grad.flatten() for p in policy.lora_parameters()])
     for p in policy.lora_parameters():
         p.grad = None
-    return vector, value, logs
+    logs = numbers({"loss": value, **logs})
+    return vector, logs.pop("loss"), logs
 
 
 def apart(a: Tensor, b: Tensor) -> float:
@@ -378,7 +379,7 @@ def overfit(module, batch: Batch, updates: int = 25, **changes) -> tuple[np.ndar
     optimizer = torch.optim.AdamW(policy.lora_parameters(), lr=1e-2)
     before, losses = errors(policy, batch), []
     for _ in range(updates):
-        losses.append(objective.backward(batch, condition)[0])
+        losses.append(objective.backward(batch, condition)[0].item())
         optimizer.step()
         optimizer.zero_grad()
     return errors(policy, batch) - before, np.array(losses)

@@ -19,7 +19,7 @@ from baselines import diffusion
 from pso import pso_online
 from pso.evidence import Batch, Evidence
 from pso.mdp import Renoise
-from pso.objective import Call, Objective, flatten
+from pso.objective import Call, Objective, flatten, numbers
 from pso.policy import Conditioning
 from pso.rollout import INITIAL, keyed_noise, rollout
 from pso.sources import Given, OnlinePairs, rank, reverse_side
@@ -36,7 +36,8 @@ def backward(policy, module, kind=Renoise, micro_batch=100, batch=None, keep=Fal
     vector = torch.cat([p.grad.flatten() for p in policy.lora_parameters()])
     for p in () if keep else policy.lora_parameters():
         p.grad = None
-    return vector, value, logs
+    logs = numbers({"loss": value, **logs})
+    return vector, logs.pop("loss"), logs
 
 
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -117,7 +117,7 @@ def test_lora_gradients_and_loss_are_float32_over_frozen_bfloat16():
     reference, _ = Objective(pso_offline, config(), exact, CHAIN, micro_batch=256).backward(
         batch, exact.encode_prompts(["a", "b", "c"])
     )
-    assert value == pytest.approx(reference, abs=0.02)
+    assert value.item() == pytest.approx(reference.item(), abs=0.02)
     assert policy.numerics["dtype"] == "bfloat16"
 
 
@@ -130,7 +130,7 @@ def test_theta_is_pre_to_the_bit_before_the_first_update():
     value, _ = Objective(pso_offline, config(), policy, CHAIN, 256).backward(
         toy.new_batch(pso_offline, CHAIN), policy.encode_prompts(["a", "b", "c"])
     )
-    assert value == pytest.approx(0.6931471805599453, abs=1e-6)
+    assert value.item() == pytest.approx(0.6931471805599453, abs=1e-6)
 
 
 def test_an_update_below_bfloat16s_resolution_survives():

@@ -17,7 +17,7 @@ from pso.config import ConfigError, check, load
 from pso.evidence import Batch, Evidence
 from pso.forks import Fork, forked_steps, forks, shown_times
 from pso.mdp import Ddim, NoKernel, Renoise
-from pso.objective import Objective
+from pso.objective import Objective, numbers
 from pso.policy import to_images
 from pso.provenance import UserError
 from pso.rollout import INITIAL, keyed_noise, rollout
@@ -447,7 +447,8 @@ def trained(swap: bool = False, **changes) -> list[tuple[float, float, float]]:
     optimizer, found = torch.optim.AdamW(policy.lora_parameters(), lr=5e-3), []
     for _ in range(12):
         value, logged = step.backward(batch, condition)
-        found.append((value, logged["margin"], logged["clip_fraction"]))
+        logged = numbers(logged)
+        found.append((value.item(), logged["margin"], logged["clip_fraction"]))
         optimizer.step()
         optimizer.zero_grad()
     return found
