@@ -14,7 +14,15 @@ from pathlib import Path
 from pso.paths import RESULTS
 from pso.provenance import atomic, code_state, hardware, sentences, versions, write_json
 
-BENCHMARKS = {"score": "eval.bench_score", "count": "pso.bench_count", "pairs": "pso.bench_pairs"}
+BENCHMARKS = {
+    "score": "eval.bench_score",
+    "count": "pso.bench_count",
+    "pairs": "pso.bench_pairs",
+    "step": "pso.bench_step",
+    "peers": "pso.bench_peers",
+    "online-epoch": "pso.bench_online",
+    "cpu": "pso.bench_cpu",
+}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,10 +2,10 @@
 
     python -m pso.bench peers --resolution 512
 
-For each pair of the same function (gradients compared in float64 first; where they differ, nothing is timed): ours, ours
-once more for the noise, the peer as released, the peer tuned, and again. Ratios within a round, their medians. On a GPU
-the networks have SDXL's size and random weights, drawn there; their shares of the measured matrix product are told
-where `python -m pso.bench ceiling` was run before.
+For each pair of the same function (gradients compared in float64 first; where they differ, nothing is timed): ours,
+ours once more for the noise, the peer as released, the peer tuned, and again. Ratios within a round, their medians. On
+a GPU the networks have SDXL's size and random weights, drawn there; their shares of the measured matrix product are
+told where that was measured before (ceiling.json).
 """
 
 import argparse
@@ -61,7 +61,7 @@ def counts(pair: Pair, calls: dict, device: torch.device) -> dict:
     """What one update does, in numbers that do not depend on the machine."""
     found = {}
     for variant in ("ours", "as released", "tuned"):
-        with counted((pair.pipeline if variant == "ours" else pair.peer.pipeline)) as counted_one:
+        with counted(pair.pipeline if variant == "ours" else pair.peer.pipeline) as counted_one:
             calls[variant]()
         found[variant] = vars(counted_one) | {"unet_calls": counted_one.unet_calls}
     return found

@@ -1,9 +1,10 @@
-"""Speed of one training step, ours or a peer's, on random weights: python -m pso.bench step --impl ours --method online.
+"""Speed of one training step, ours or a peer's, on random weights.
 
+    python -m pso.bench step --impl ours --method online --resolution 512
     python -m pso.bench step --impl released-pso --method online --resolution 512 --as-released
 
 A row: median, spread, pictures at one time per second, and on a GPU what share of the measured matrix product that is
-(results/benchmarks/ceiling.json, of `python -m pso.bench ceiling`; without it no share is told).
+(results/benchmarks/ceiling.json; without it no share is told).
 """
 
 import argparse
@@ -15,7 +16,7 @@ import torch
 
 from pso import flops, timing
 from pso.bench_model import RESOLUTION, SIZES
-from pso.bench_updates import COMPARISONS, TOLERANCE, Form, Pair, Size, difference
+from pso.bench_updates import TOLERANCE, Form, Pair, Size, difference
 from pso.paths import RESULTS
 from pso.provenance import UserError
 
@@ -65,8 +66,7 @@ def ceiling(device: torch.device, path: Path = CEILING) -> float | None:
     if device.type != "cuda" or not path.is_file():
         return None
     told = json.loads(path.read_text())
-    measured = told.get("matmul_tflops")
-    return None if measured is None else float(measured) * 1e12
+    return told["matmul"]["tflops"] * 1e12 if told.get("device") == "cuda" else None
 
 
 def work(name: str, resolution: int, rank: int) -> int:

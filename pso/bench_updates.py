@@ -132,9 +132,7 @@ class KeptLatents:
 
     def __post_init__(self):
         drawn = torch.Generator().manual_seed(3)
-        self.means = {
-            side: torch.randn((self.count, *self.shape), generator=drawn) for side in ("target", "reference")
-        }
+        self.means = {side: torch.randn((self.count, *self.shape), generator=drawn) for side in ("target", "reference")}
         self.prompt_index = torch.arange(self.count)
 
     def __len__(self) -> int:
@@ -232,6 +230,15 @@ class Pair:
             n = source.steps(k, list(range(pairs)))
             self.inputs.append(Pictures(*shown, captions(pairs, k * pairs), n))
         return peer
+
+    def drop(self, whose: str) -> None:
+        """Let go of a model of which only the other's memory is to be told; what an update of that needs is kept."""
+        if whose == "theirs":
+            self.peer = self.inputs = None
+            return
+        given = SimpleNamespace(condition=self.loop.given.condition)
+        self.policy = self.pipeline = None
+        self.loop = SimpleNamespace(given=given)
 
     # -- turns --
 
