@@ -50,7 +50,8 @@ def compared(name: str, size: Size, device: torch.device, dtype: torch.dtype, ro
         "tuned": lambda: pair.their_update(tuned),
     }
     seconds = timing.abab(calls, rounds, device)
-    found |= {"rows": {variant: row(pair, taken, ceiling(device)) for variant, taken in seconds.items()}}
+    forms, measured = {"as released": released, "tuned": tuned}, ceiling(device)
+    found["rows"] = {variant: row(pair, taken, measured, forms.get(variant)) for variant, taken in seconds.items()}
     found["seconds"] = {variant: [round(s, 5) for s in taken] for variant, taken in seconds.items()}
     found["ratio"] = {variant: round(timing.ratio(seconds[variant], seconds["ours"]), 3) for variant in VARIANTS[1:]}
     found["micro_batch_pairs"] = {"as released": released.pairs, "tuned": tuned.pairs}
@@ -114,6 +115,7 @@ COLUMNS = {
     "median_s": "seconds of an update",
     "mad_s": "spread",
     "rows_per_s": "pictures at one time/s",
+    "tflop": "TFLOP done",
     "mfu": "MFU",
     "predicted_s": "predicted seconds at the ceiling",
 }

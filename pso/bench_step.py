@@ -22,7 +22,14 @@ from pso.provenance import UserError
 
 IMPLEMENTATIONS = ("ours", "released-pso", "diffusers-dpo", "spo", "mapo")
 CEILING = RESULTS / "benchmarks" / "ceiling.json"
-FLOPS_OF_SMALL = (492_316_672, 462_756_864, 484_364_288)  # theta forward and backward, pre; tests/test_counts.py
+# FLOPs of the small model, as tests/test_counts.py counts them; again: what checkpoints form once more
+SMALL = {
+    "theta": 492_316_672 + 462_756_864,
+    "again": 343_652_352,
+    "pre": 484_364_288,
+    "picture": 280_395_776,
+    "caption": 10_607_104,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,28 +76,52 @@ def ceiling(device: torch.device, path: Path = CEILING) -> float | None:
     return told["matmul"]["tflops"] * 1e12 if told.get("device") == "cuda" else None
 
 
-def work(name: str, resolution: int, rank: int) -> int:
-    """FLOPs of a row of an update, without what checkpoints form again and what is encoded."""
+def of_calls(resolution: int, rank: int, gradient_checkpointing: bool) -> dict[str, int]:
+    """FLOPs of theta on a row, forward and backward, of pre, of a picture's and of a caption's encoding."""
     if resolution == RESOLUTION:
-        forward, backward, pre = FLOPS_OF_SMALL
-    else:
-        forward, backward = (part.total for part in flops.lora(resolution, rank))
-        pre = flops.unet(resolution).total
-    return forward + backward + (0 if name == "mapo" else pre)
+        again = SMALL["again"] if gradient_checkpointing else 0
+        return SMALL | {"theta": SMALL["theta"] + again}
+    forward, backward = flops.lora(resolution, rank, gradient_checkpointing)
+    return {
+        "theta": forward.total + backward.total,
+        "pre": flops.unet(resolution).total,
+        "picture": flops.encode(resolution).total,
+        "caption": flops.prompt().total,
+    }
 
 
-def row(pair: Pair, seconds: list[float], measured: float | None) -> dict:
-    """What is told of a variant's seconds."""
+def needed(pair: Pair) -> int:
+    """FLOPs that an update cannot do without: of rows through theta and pre."""
+    of = of_calls(pair.size.resolution, pair.size.rank, gradient_checkpointing=False)
+    return pair.rows * (of["theta"] + of["pre"] * pair.module.NEEDS_PRE)
+
+
+def done(pair: Pair, form: Form | None) -> int:
+    """FLOPs of an update of a peer in a form, with what it forms again and encodes; of ours with none."""
+    if form is None:
+        return needed(pair)
+    of = of_calls(pair.size.resolution, pair.size.rank, form.gradient_checkpointing)
+    found = pair.rows * (of["theta"] + of["pre"] * pair.module.NEEDS_PRE)
+    if pair.compared.from_pictures:
+        captions = pair.size.pairs if pair.compared.peer.encodes_captions else 0
+        found += 2 * pair.size.pairs * of["picture"] + captions * of["caption"]
+    return found
+
+
+def row(pair: Pair, seconds: list[float], measured: float | None, form: Form | None = None) -> dict:
+    """What is told of a variant's seconds. MFU is of the needed work alone; predicted is all that is done at the
+    ceiling."""
     told = timing.summary(seconds)
-    needed = pair.rows * work(pair.name, pair.size.resolution, pair.size.rank)
+    rate = needed(pair) / told["median"]
     return {
         "median_s": round(told["median"], 5),
         "mad_s": round(told["mad"], 5),
         "n": told["n"],
         "rows_per_s": round(pair.rows / told["median"], 2),
-        "tflop_per_s": round(needed / told["median"] / 1e12, 4),
-        "mfu": None if measured is None else round(needed / told["median"] / measured, 4),
-        "predicted_s": None if measured is None else round(needed / measured, 5),
+        "tflop_per_s": round(rate / 1e12, 4),
+        "tflop": round(done(pair, form) / 1e12, 4),
+        "mfu": None if measured is None else round(rate / measured, 4),
+        "predicted_s": None if measured is None else round(done(pair, form) / measured, 5),
     }
 
 
@@ -144,7 +175,7 @@ def run(args: argparse.Namespace) -> dict:
         "peak_gpu_gib": most.gib,
         "clocks": timing.clocks(device),
         "seconds": [round(s, 5) for s in seconds],
-        **row(pair, seconds, ceiling(device)),
+        **row(pair, seconds, ceiling(device), form),
     }
 
 
@@ -163,6 +194,7 @@ def text(told: dict) -> str:
     ran = f"`{told['command']}`; torch {told['versions']['torch']}, diffusers {told['versions']['diffusers']}."
     if told.get("invalid"):
         return "\n\n".join([head, f"Invalid, not timed. {checked}", ran]) + "\n"
-    shown = ("median_s", "mad_s", "n", "rows_per_s", "tflop_per_s", "mfu", "predicted_s", "peak_gpu_gib")
-    table = pd.DataFrame([(name, told[name]) for name in shown], columns=["figure", "value"])
+    shown = ("median_s", "mad_s", "n", "rows_per_s", "tflop", "tflop_per_s", "mfu", "predicted_s", "peak_gpu_gib")
+    lines = [(name, str(told[name])) for name in shown if told[name] is not None]
+    table = pd.DataFrame(lines, columns=["figure", "value"])
     return "\n\n".join([head, checked, table.to_markdown(index=False, disable_numparse=True), ran]) + "\n"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from toy import quiet  # noqa: F401
 
-from pso import bench_updates
+from pso import bench_step, bench_updates
 from pso.bench_updates import COMPARISONS, TOLERANCE, Pair, Size, difference
 from pso.counting import Counts, counted
 from pso.peers.released_pso import ReleasedPso
@@ -113,6 +113,14 @@ def test_flops_of_an_update():
 
 def test_flops_of_an_update_that_encodes():
     assert of_theirs("offline").flops == ROWS * (THETA + BACKWARD + AGAIN + PRE) + 2 * P * ENCODED
+
+
+def test_the_benchmarks_own_figures_of_work_are_those_counted():
+    """Of the GPU's tables they are counted on the meta device instead, tests/test_flops.py."""
+    for name in COMPARISONS:
+        pair = pair_of(name)
+        assert bench_step.needed(pair) == of_ours(name).flops
+        assert bench_step.done(pair, pair.released()) == pytest.approx(of_theirs(name).flops, rel=1e-9)
 
 
 # ---- encodes and loads ----
