@@ -21,6 +21,10 @@ BENCHMARKS = {
     "ceiling": "pso.bench_ceiling",
     "sample": "pso.bench_sample",
     "decode": "pso.bench_decode",
+    "step": "pso.bench_step",
+    "peers": "pso.bench_peers",
+    "online-epoch": "pso.bench_online",
+    "cpu": "pso.bench_cpu",
 }
 
 

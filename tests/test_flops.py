@@ -46,6 +46,12 @@ def test_a_loras_backward_pass_is_little_more_than_its_forward(side, rank, forwa
     assert other.attention == 2.5 * one.attention, "5 products for 2, as fused kernels have it"
 
 
+def test_a_checkpoint_forms_most_of_the_forward_pass_again():
+    """Not all of it: nothing is formed of the layers before the first LoRA."""
+    forward, backward = flops.lora(512, 16, True)
+    assert (forward.total + backward.total) / TERA == near(4.379)
+
+
 def test_attention_by_hand():
     """Self-attention of 64 x 64 and 32 x 32 tokens, cross-attention with 77, heads of 64: 4 L K C per layer."""
     layers = {(64 * 64, 640): 2 * 2 + 3 * 2, (32 * 32, 1280): 2 * 10 + 10 + 3 * 10}  # down, (mid,) up
