@@ -17,7 +17,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from pso import flops
-from pso.entries import ModelEntry
+from pso.entries import ModelEntry, Speed
 from pso.mdp import SDXL_SCHEDULE, Ancestral, Chain, Renoise
 from pso.policy import Conditioning, Policy
 from pso.provenance import UserError
@@ -89,9 +89,16 @@ def networks(size: str) -> ModuleType:
 
 
 def new_policy(
-    size: str, resolution: int, device: torch.device, dtype: torch.dtype, sampler: str = "renoise", rank: int = RANK
+    size: str,
+    resolution: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    sampler: str = "renoise",
+    rank: int = RANK,
+    speed: Speed | None = None,
 ) -> tuple[Policy, Chain]:
-    """A tuned model of random weights with its sampler of four steps. It has no tokenizers: `condition` draws texts."""
+    """A tuned model of random weights with its sampler of four steps, the same ones whatever `speed` is. It has no
+    tokenizers: `condition` draws texts."""
     nets = networks(size)
     kind, scheduler = SAMPLERS[sampler]
     one, two = nets.text_encoders()
@@ -106,13 +113,14 @@ def new_policy(
         add_watermarker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
-    policy = Policy(pipeline, resolution)
+    policy = Policy(pipeline, resolution, speed=speed)
     policy.add_lora(rank, TARGETS, seed=0)
     rng = torch.Generator(device).manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in policy.unet.named_parameters():
-            if ".lora_B." in name:
-                parameter.copy_(LORA_B * torch.randn(parameter.shape, generator=rng, device=device))
+    state = {
+        name: LORA_B * torch.randn(value.shape, generator=rng, device=device) if ".lora_B." in name else value
+        for name, value in sorted(policy.lora_state().items())
+    }
+    policy.set_lora_state(state)
     return policy, kind(TIMES)
 
 

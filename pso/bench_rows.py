@@ -87,7 +87,7 @@ def _checked(variant: Variant) -> dict:
         row["difference"] = variant.difference()
     except torch.OutOfMemoryError:
         return row | {"invalid": "memory ran out"}
-    except (RuntimeError, NotImplementedError) as error:  # torch's refusals of a device, a type or a kernel
+    except (RuntimeError, ValueError) as error:  # refusals of a device, a type or a kernel
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         return row | {"invalid": f"refused: {reason[:REASON]}"}
     row["limit"] = variant.limit

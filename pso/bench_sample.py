@@ -8,19 +8,15 @@ runs in. Then they take turns. With --pictures both decode as well.
 """
 
 import argparse
-import contextlib
-import copy
 import itertools
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pso import bench_networks as nets
 from pso.bench_rows import Variant, command, machine, measured_rate, rows, table
+from pso.entries import Speed
 from pso.mdp import Chain
 from pso.policy import Conditioning, Policy
 from pso.rollout import INITIAL, keyed_noise, keyed_seed, rollout
@@ -33,26 +29,22 @@ DIFFUSERS = "diffusers' pipeline"
 
 @dataclass(frozen=True)
 class Fast:
-    """A way to make sampling faster: `change` a copy of the policy, or none, and the context `around` a call."""
+    """A way to make sampling faster, by options of pso/speed.py."""
 
     name: str
-    change: Callable[[Policy], None] | None = None
-    around: Callable[[], AbstractContextManager] = contextlib.nullcontext
-    needs: str = ""  # an option of the command line, or cuda
+    options: dict
+    needs: str = ""  # an option of the command line, cpu, or cuda
 
 
-def _channels_last(policy: Policy) -> None:
-    policy.unet.to(memory_format=torch.channels_last)
-
-
-def _compiled(policy: Policy) -> None:
-    policy.unet.compile_repeated_blocks()
-
-
+SHORT_LORA = {"lora_compute": "base"}  # nothing else in float32
+PLAIN = Fast("plain", {})
 FAST = [
-    Fast("channels_last", _channels_last),
-    Fast("cuDNN's attention", None, lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION), "cuda"),
-    Fast("compiled blocks", _compiled, needs="compile"),
+    Fast("channels_last", {"channels_last": True}),
+    Fast("LoRA added to the weights", {"merge_lora": True}, "cpu"),  # not in 16 bits
+    Fast("LoRA in 16 bits", SHORT_LORA, "cuda"),
+    Fast("cuDNN's attention first", {"attention": "cudnn"}, "cuda"),
+    Fast("compiled blocks", {"compile": True}, "compile"),
+    Fast("all of these", {**SHORT_LORA, "channels_last": True, "attention": "cudnn", "compile": True}, "compile"),
 ]
 
 
@@ -145,51 +137,46 @@ def loops_apart(args: argparse.Namespace, device: torch.device) -> float:
 
 
 def variants(args: argparse.Namespace, device: torch.device, fast: list[Fast] = FAST) -> list[Variant]:
-    dtype = nets.short(device)
-    policy, chain = nets.new_policy(args.size, args.resolution, device, dtype, args.sampler)
-    texts, numbers = nets.condition(policy, TEXTS), itertools.count()
-    work = chain.num_steps * nets.call_flops(args.size, args.resolution)
+    dtype, numbers = nets.short(device), itertools.count()
+    work = len(nets.TIMES) * nets.call_flops(args.size, args.resolution)
     work += nets.vae_flops(args.size, args.resolution, "decode") if args.pictures else 0
+
+    def policy_of(options: dict) -> tuple[Policy, Chain]:
+        speed = Speed(**options)
+        return nets.new_policy(args.size, args.resolution, device, dtype, args.sampler, speed=speed)
+
+    policy, chain = policy_of(PLAIN.options)
+    texts = nets.condition(policy, TEXTS)
     expected = ours(policy, chain, texts, 0, 1)
+    peer, _ = policy_of(SHORT_LORA)  # as diffusers itself loads a LoRA: in the pipeline's numbers
 
     def loop() -> None:
-        pipelines(policy, chain, texts, next(numbers), args.pictures)
+        pipelines(peer, chain, texts, next(numbers), args.pictures)
 
-    found = [Variant(f"{DIFFUSERS}, batch 1", loop, 1, work, lambda: loops_apart(args, device), LIMITS[torch.float32])]
-    for one in [Fast("plain"), *fast]:
+    def loops() -> float:
+        loop()  # in the numbers that are timed
+        return loops_apart(args, device)
+
+    found = [Variant(f"{DIFFUSERS}, batch 1", loop, 1, work, loops, LIMITS[torch.float32])]
+    for one in [PLAIN, *fast]:
         if one.needs and not (getattr(args, one.needs, False) or one.needs == device.type):
             continue
-        changed = policy if one.change is None else changed_copy(policy, one.change)
+        changed = policy if one is PLAIN else policy_of(one.options)[0]
         for batch in args.batches:
-            call, difference = _calls(changed, chain, texts, batch, one, args.pictures, numbers, expected)
+            call, difference = _calls(changed, chain, texts, batch, args.pictures, numbers, expected)
             found.append(Variant(f"{one.name}, batch {batch}", call, batch, batch * work, difference, LIMITS[dtype]))
     return found
 
 
-def changed_copy(policy: Policy, change: Callable[[Policy], None]) -> Policy:
-    """With a UNet of its own; the other networks are shared."""
-    made = copy.copy(policy)
-    made.pipeline = type(policy.pipeline)(
-        **{**policy.pipeline.components, "unet": copy.deepcopy(policy.unet)}, add_watermarker=False
-    )
-    change(made)
-    return made
-
-
-def _calls(policy, chain, texts, batch: int, fast: Fast, pictures: bool, numbers, expected: Tensor):
+def _calls(policy, chain, texts, batch: int, pictures: bool, numbers, expected: Tensor):
     """The timed call, and how far the first picture is from that of the plain policy by itself."""
 
     def call() -> None:
-        with fast.around():
-            latents = ours(policy, chain, texts, batch * next(numbers), batch)
-            if pictures:
-                policy.decode(latents)
+        latents = ours(policy, chain, texts, batch * next(numbers), batch)
+        if pictures:
+            policy.decode(latents)
 
-    def difference() -> float:
-        with fast.around():
-            return apart(ours(policy, chain, texts, 0, batch)[:1], expected)
-
-    return call, difference
+    return call, lambda: apart(ours(policy, chain, texts, 0, batch)[:1], expected)
 
 
 def text(told: dict) -> str:

@@ -79,7 +79,9 @@ def test_a_row_adds_up(told, name, part):
 def test_every_variant_has_a_row(told):
     names = [row["variant"] for row in told["sample"][0]["rows"]]
     assert names[0] == "diffusers' pipeline, batch 1"
-    assert names[1:] == [f"{v}, batch {b}" for v in ("plain", "channels_last") for b in (1, 3)]
+    assert names[1:] == [
+        f"{v}, batch {b}" for v in ("plain", "channels_last", "LoRA added to the weights") for b in (1, 3)
+    ]
     assert {row["ratio_to"] for row in told["sample"][0]["rows"]} == {names[0]}
     for part in ("decode", "encode"):
         rows = {row["variant"]: row for row in told["decode"][0][part]}
@@ -146,20 +148,36 @@ def test_only_the_same_devices_ceiling_counts(tmp_path):
 # ---- the same function first ----
 
 
-def wrong_weights(policy):
-    with torch.no_grad():
-        policy.unet.conv_out.weight.mul_(1.001)
+def test_a_fast_variant_that_samples_otherwise_is_not_timed(monkeypatch):
+    right = bench_networks.new_policy
 
+    def wrong(*given, speed=None, **more):
+        policy, chain = right(*given, speed=speed, **more)
+        if speed is not None and speed.channels_last:
+            with torch.no_grad():
+                policy.unet.conv_out.weight.mul_(1.001)
+        return policy, chain
 
-def test_a_fast_variant_that_samples_otherwise_is_not_timed():
-    fast = [Fast("wrong", wrong_weights), Fast("right", lambda policy: None)]
+    monkeypatch.setattr(bench_networks, "new_policy", wrong)
+    fast = [Fast("wrong", {"channels_last": True}), Fast("right", {"merge_lora": True})]
     made = bench_sample.variants(options(), CPU, fast)
     rows = {row["variant"]: row for row in bench_rows.rows(made, 1, CPU, Rate(1e9))}
     wrong = rows["wrong, batch 2"]
     assert "differs by" in wrong["invalid"] and not {"median_s", "seconds", "ratio", "mfu"} & set(wrong)
-    assert rows["right, batch 2"]["median_s"] > 0, "the wrong one has a network of its own"
+    assert rows["right, batch 2"]["median_s"] > 0, "each has networks of its own"
     table = bench_rows.table(list(rows.values()), "")
     assert table.count("invalid: differs by") == 1
+
+
+def test_in_16_bits_as_on_a_gpu(monkeypatch):
+    """Every variant runs in bfloat16, diffusers' loop with a LoRA in it as well."""
+    monkeypatch.setattr(bench_networks, "short", lambda device: torch.bfloat16)
+    fast = [Fast("16", {"lora_compute": "base"}), Fast("merged", {"merge_lora": True})]
+    made = bench_sample.variants(options(batches=[1], pictures=True), CPU, fast)
+    rows = {row["variant"]: row for row in bench_rows.rows(made, 1, CPU, Rate(None))}
+    assert [name for name, row in rows.items() if "invalid" in row] == ["merged, batch 1"]
+    assert rows["merged, batch 1"]["invalid"].startswith("refused: a LoRA cannot be added to weights in torch.bfloat16")
+    assert rows["16, batch 1"]["difference"] < 0.05
 
 
 @pytest.mark.parametrize("sampler", ["renoise", "ancestral"])

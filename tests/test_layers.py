@@ -33,6 +33,7 @@ TORCH_FREE = [
     *(
         f"pso.{name}"
         for name in (
+            "background",
             "campaign",
             "timeline",
             "progress",

@@ -53,6 +53,12 @@ def test_every_image_of_every_model_is_made_and_scored_once(paper):
         }
 
 
+def test_texts_are_encoded_once_for_each_base_and_not_for_each_model(paper):
+    bases = {PAPER.models[job.model].base for job in jobs(PAPER)}
+    assert {line for line in paper if line.startswith("texts:")} == {f"texts: base={slug(base)}" for base in bases}
+    assert len(bases) == 2 < len({job.model for job in jobs(PAPER)})
+
+
 def test_every_repository_that_is_needed_is_fetched_and_no_other(paper):
     assert {line for line in paper if line.startswith("fetch:")} == {
         f"fetch: slug={slug(repo)}" for repo in needed(PAPER)

@@ -80,7 +80,9 @@ def test_preview_is_the_tiny_vaes_picture_and_decode_is_not(hub):
 
 def test_only_what_is_tuned_loads_it(hub):
     assert loaded(hub, False, preview_vae=TINY).previewed is None, "as eval/generate.py loads a model"
-    config = SimpleNamespace(models={"mine": entry(preview_vae=TINY)}, scale_entry=SimpleNamespace(dtype="float32"))
+    config = SimpleNamespace(
+        models={"mine": entry(preview_vae=TINY)}, scale_entry=SimpleNamespace(dtype="float32", speed=None)
+    )
     files = Hub(hub)
     policy, _ = tuned_model(Run(config, "preference", "mine", "own", 0, hub, hub), files, torch.device("cpu"))
     assert policy.previewed is not None and {i["file"] for i in files.inputs() if i["repo"] == TINY} == {
