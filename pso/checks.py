@@ -69,6 +69,11 @@ def known(where: str, name: str | None, names: Iterable[str]) -> None:
 def check_entries(config: Config) -> None:
     if config.scale_entry.standin is not None and config.scale_entry.random is not None:
         raise ConfigError(f"scales.{config.scale} has standin and random; expected one of them, or neither.")
+    if config.scale_entry.speed.merge_lora and config.scale_entry.dtype != "float32":
+        raise ConfigError(
+            f"scales.{config.scale}.speed.merge_lora is true and dtype is {config.scale_entry.dtype}, in which weights "
+            "have no room for a young LoRA; expected false, or dtype float32."
+        )
     if config.scale_entry.hub != "standin":
         check_repositories(config)
     for i, table in enumerate(config.tables):

@@ -264,6 +264,16 @@ class RandomWeights(Strict):
     num_prompts: PositiveInt
 
 
+class Speed(Strict):
+    """scales.yaml: how the networks are run. Each changes rounding and nothing else, and is told in run.json."""
+
+    merge_lora: bool = False  # sampling by W + B A in place of three layers; of float32 weights alone
+    lora_compute: Literal["float32", "base"] = "float32"  # base: copies in the frozen weights' dtype, float32 masters
+    compile: bool = False  # transformer blocks, resnets and the VAE's decoder, by torch.compile
+    channels_last: bool = False  # convolutions' layout in memory
+    attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"  # tried first; auto: torch's own choice
+
+
 class ScaleEntry(Strict):
     """scales.yaml: where weights and data come from, and what differs from the paper's settings.
 
@@ -276,6 +286,7 @@ class ScaleEntry(Strict):
     budget: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of every method's updates, at least one
     preference_model: PreferenceModelFit | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"  # of frozen weights; LoRA, kernels, evidence and losses: float32
+    speed: Speed = Speed()
     eval_seed: int = 0
     eval_batch: PositiveInt  # images per network call; a fixed shape, the last batch is padded
     bootstrap_resamples: PositiveInt = 10_000

@@ -76,6 +76,7 @@ class Loop:
             raise self.broken(number, batch, found["loss"], found["grad_norm"])
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.given.policy.lora_changed()
         if self.ranks.main:
             self.journal.update(number + 1, found)
             self.timeline.at(number + 1)

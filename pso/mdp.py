@@ -112,8 +112,8 @@ class Chain:
 
     @staticmethod
     def _at(table: Tensor, n: Tensor, x: Tensor) -> Tensor:
-        """table[n] as [..., 1, 1, 1] with x's dtype and device."""
-        return table.to(x.dtype)[n].to(x.device)[..., None, None, None]
+        """table[n] as [..., 1, 1, 1] with x's dtype and device. The host does not wait for the copy."""
+        return table.to(x.dtype)[n].to(x.device, non_blocking=True)[..., None, None, None]
 
     @staticmethod
     def _refuse_last(n: Tensor) -> None:

@@ -12,7 +12,7 @@ from diffusers import StableDiffusionXLPipeline
 
 from pso import mdp, state_dicts, weights
 from pso.config import ConfigError, import_module
-from pso.entries import Checkpoint, MetricEntry, ModelEntry, UNetSource
+from pso.entries import Checkpoint, MetricEntry, ModelEntry, Speed, UNetSource
 from pso.hub import Hub
 from pso.lora_files import fuse_loras
 from pso.policy import Policy
@@ -50,7 +50,12 @@ def chain_for(name: str, entry: ModelEntry, num_steps: int) -> mdp.Chain:
 
 
 def load_policy(
-    entry: ModelEntry, hub: Hub, dtype: torch.dtype = torch.float32, device=None, name: str = "<name>"
+    entry: ModelEntry,
+    hub: Hub,
+    dtype: torch.dtype = torch.float32,
+    device=None,
+    name: str = "<name>",
+    speed: Speed | None = None,
 ) -> Policy:
     """The pipeline of an entry, from safetensors or a state dict read with weights_only; on the GPU if there is one.
 
@@ -77,7 +82,8 @@ def load_policy(
     if pipeline.unet.dtype != dtype:
         pipeline.unet.to(dtype)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Policy(pipeline.to(device), entry.resolution, entry.guidance_scale, entry.guidance_embedding, name)
+    guidance = entry.guidance_scale, entry.guidance_embedding
+    return Policy(pipeline.to(device), entry.resolution, *guidance, name, speed)
 
 
 def _assembled(folder: Path, parts: dict) -> StableDiffusionXLPipeline:

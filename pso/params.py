@@ -44,7 +44,7 @@ def run_params(config: Config, model: str, method: str) -> dict[str, Any]:
         "method": method_params(config, method),
         "model": model_params(config, model, config.models[model].tuned_steps),
         "rewards": {name: scorer_params(config, name) for name in config.methods[method].metrics},
-        "dtype": config.scale_entry.dtype,
+        **config.scale_entry.model_dump(include={"dtype", "speed"}),
     }
 
 

@@ -12,15 +12,20 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionXLPipeline
 from peft import LoraConfig
+from peft.tuners.lora.layer import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
 from pso import state_dicts
+from pso.entries import Speed
+from pso.masters import Masters
 from pso.mdp import Chain
 from pso.paths import LORA_FILE
 from pso.provenance import UserError, atomic
+from pso.speed import attention, compile_blocks
+from pso.trees import with_lora_added, without_lora
 
 ADAPTER = "theta"
 SHORT = (torch.bfloat16, torch.float16)
@@ -33,7 +38,8 @@ class Conditioning:
     hidden: Tensor
     pooled: Tensor
 
-    def rows(self, index: Tensor) -> "Conditioning":
+    def rows(self, index: Tensor | slice) -> "Conditioning":
+        index = index.to(self.hidden.device, non_blocking=True) if isinstance(index, Tensor) else index
         return Conditioning(self.hidden[index], self.pooled[index])
 
     def followed_by(self, other: "Conditioning") -> "Conditioning":
@@ -47,7 +53,7 @@ class Policy:
     """A loaded SDXL-type pipeline as a policy. `resolution` in px, `dtype` of the frozen weights.
 
     `guidance_embedding` is the guidance that a UNet with time_cond_proj_dim (SDXL-LCM's) is told of in every
-    call; without it such a UNet would run silently wrong. `name`: the entry's in models.yaml.
+    call; without it such a UNet would run silently wrong. `name`: the entry's in models.yaml. `speed`: the scale's.
     """
 
     def __init__(
@@ -57,11 +63,22 @@ class Policy:
         guidance_scale: float = 0.0,
         guidance_embedding: float | None = None,
         name: str = "<name>",
+        speed: Speed | None = None,
     ):
         self.pipeline, self.resolution, self.guidance_scale = pipeline, resolution, guidance_scale
         self.timestep_cond = _timestep_cond(pipeline, guidance_embedding, name)
         for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
             part.requires_grad_(False).eval()
+        self.speed = speed or Speed()
+        self._pre = self._sampler = self.masters = None
+        if self.speed.channels_last:
+            for part in (pipeline.unet, pipeline.vae):
+                part.to(memory_format=torch.channels_last)
+        if self.speed.compile:
+            compile_blocks(pipeline.unet)
+            compile_blocks(pipeline.vae.decoder)
+        size = float(resolution)
+        self._time_ids = torch.tensor([size, size, 0.0, 0.0, size, size])
         self.unet_forwards = 0  # images through the network, guidance counted twice
 
     # -- sizes --
@@ -69,6 +86,15 @@ class Policy:
     @property
     def unet(self):
         return self.pipeline.unet
+
+    @property
+    def pre_unet(self):
+        """The network without its adapter, for good: nothing is switched off for it and on again."""
+        if self._pre is None:
+            self._pre = without_lora(self.unet)
+            if self.speed.compile:
+                compile_blocks(self._pre)
+        return self._pre
 
     @property
     def device(self) -> torch.device:
@@ -88,6 +114,7 @@ class Policy:
             "vae_dtype": str(self.pipeline.vae.dtype).removeprefix("torch."),
             "allow_tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32},
             "attention": sorted(processors),
+            "speed": self.speed.model_dump(),
         }
 
     # -- text --
@@ -113,13 +140,13 @@ class Policy:
         """eps_theta, or eps_pre with `pre`, at x_n.
 
         n [...] CPU, x [..., C, H, W], condition with one row per element of n (flattened order).
-        Returns float32 (of a float64 network float64) of x's shape. pre runs without a graph and with the adapter off.
+        Returns float32 (of a float64 network float64) of x's shape. pre runs without a graph.
         """
         shape, flat = x.shape, x.reshape(-1, *x.shape[-3:])
-        t = chain.time(n).reshape(-1).to(flat.device)
+        t = chain.time(n).reshape(-1).to(flat.device, non_blocking=True)
         shown = chain.scale_input(n.reshape(-1), flat)
-        with self.without_adapter() if pre else contextlib.nullcontext():
-            eps = self._network(shown, t, condition)
+        with torch.no_grad() if pre else contextlib.nullcontext():
+            eps = self._network(shown, t, condition, pre)
         return eps.to(torch.promote_types(eps.dtype, torch.float32)).reshape(shape)
 
     def guided_eps(self, chain: Chain, n: Tensor, x: Tensor, condition: Conditioning, pre: bool = False) -> Tensor:
@@ -134,13 +161,16 @@ class Policy:
         negative, positive = self.eps(chain, torch.cat([n, n]), torch.cat([x, x]), both, pre).chunk(2)
         return negative + self.guidance_scale * (positive - negative)
 
-    def _network(self, shown: Tensor, t: Tensor, condition: Conditioning) -> Tensor:
-        size = float(self.resolution)
-        time_ids = shown.new_tensor([size, size, 0.0, 0.0, size, size]).expand(len(shown), 6)
+    def _network(self, shown: Tensor, t: Tensor, condition: Conditioning, pre: bool = False) -> Tensor:
+        network = self.pre_unet if pre else self.unet
+        if self._sampler is not None and not pre and not torch.is_grad_enabled():
+            network = self._sampler
+        time_ids = self._time_ids.to(shown.device, non_blocking=True).expand(len(shown), 6)
         self.unet_forwards += len(shown)
         dtype = self.unet.dtype
-        with torch.autocast(shown.device.type, dtype, enabled=dtype in SHORT):
-            return self.unet(
+        mixed = dtype in SHORT and self.speed.lora_compute == "float32"
+        with torch.autocast(shown.device.type, dtype, enabled=mixed), attention(self.speed.attention):
+            return network(
                 shown.to(dtype),
                 t,
                 timestep_cond=self._told(shown, dtype),
@@ -155,7 +185,7 @@ class Policy:
         """The guidance embedding, one row per input."""
         if self.timestep_cond is None:
             return None
-        return self.timestep_cond.to(shown.device, dtype).expand(len(shown), -1)
+        return self.timestep_cond.to(shown.device, dtype, non_blocking=True).expand(len(shown), -1)
 
     # -- adapter --
 
@@ -164,18 +194,17 @@ class Policy:
         return ADAPTER in (getattr(self.unet, "peft_config", None) or {})
 
     @contextlib.contextmanager
-    def without_adapter(self) -> Iterator[None]:
-        """No graph and the adapter off; on again before anyone calls backward."""
-        if not self.has_adapter:
-            with torch.no_grad():
-                yield
+    def sampling(self) -> Iterator[None]:
+        """Within, and without a graph, theta is one network with the LoRA added to its weights, where
+        `speed.merge_lora` says so. The weights are added on entering: the LoRA must not change within."""
+        if not (self.speed.merge_lora and self.has_adapter and self._sampler is None):
+            yield
             return
-        self.unet.disable_adapters()
+        self._sampler = with_lora_added(self.unet, ADAPTER)
         try:
-            with torch.no_grad():
-                yield
+            yield
         finally:
-            self.unet.enable_adapters()
+            self._sampler = None
 
     def add_lora(self, rank: int, targets: list[str], seed: int) -> None:
         """A fresh adapter, alpha = rank, A gaussian and B zero: theta = pre. Float32 whatever the base is.
@@ -193,19 +222,53 @@ class Policy:
             )
         for parameter in self.lora_parameters():
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        if self.speed.lora_compute == "base" and self.unet.dtype in SHORT:
+            self.masters = Masters(self._lora(), self.unet.dtype)
+        self._adapted()
+
+    def _adapted(self) -> None:
+        """After layers were put around those of the network."""
+        self._pre = None
+        if self.unet.dtype not in SHORT:
+            return
+        if self.speed.lora_compute == "base":
+            for _, parameter in self._lora():
+                parameter.data = parameter.data.to(self.unet.dtype)
+        for module in self.unet.modules():  # autocast rounds its weights: an input made longer for them is cut again
+            if isinstance(module, LoraLayer):
+                module.cast_input_dtype_enabled = False
 
     def gradient_checkpointing(self, on: bool) -> None:
         """Form most activations once more in the backward pass instead of keeping them."""
         (self.unet.enable_gradient_checkpointing if on else self.unet.disable_gradient_checkpointing)()
 
     def lora_parameters(self) -> list[torch.nn.Parameter]:
-        return [p for name, p in self.unet.named_parameters() if f".{ADAPTER}." in name]
+        """Float32: what is trained."""
+        if self.masters is not None:
+            return list(self.masters.full.values())
+        return [p for _, p in self._lora()]
+
+    def _lora(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """As the network holds it."""
+        return [(name, p) for name, p in self.unet.named_parameters() if f".{ADAPTER}." in name]
+
+    def lora_changed(self) -> None:
+        """To be told after every step of the optimiser."""
+        if self.masters is not None:
+            self.masters.refresh()
 
     def lora_state(self) -> dict[str, Tensor]:
         """PEFT's names, for checkpoints."""
+        if self.masters is not None:
+            return {name.replace(f".{ADAPTER}.", "."): p.detach() for name, p in self.masters.full.items()}
         return get_peft_model_state_dict(self.unet, adapter_name=ADAPTER)
 
+    @torch.no_grad()
     def set_lora_state(self, state: dict[str, Tensor]) -> None:
+        if self.masters is not None:
+            for name, parameter in self.masters.full.items():
+                parameter.copy_(state[name.replace(f".{ADAPTER}.", ".")])
+            self.masters.refresh()
         result = set_peft_model_state_dict(self.unet, state, adapter_name=ADAPTER)
         if result is not None and result.unexpected_keys:
             raise ValueError(f"LoRA state has unknown keys, the first is {result.unexpected_keys[0]}")
@@ -223,9 +286,13 @@ class Policy:
             )  # fmt: skip
 
     def load_lora(self, folder: Path) -> None:
-        """Through the pipeline's own door, as any user of the file; every tensor of it must arrive."""
+        """Through the pipeline's own door, as any user of the file; every tensor of it must arrive. A file like the one
+        before, with the same tensors of the same shapes, takes its place without new layers."""
+        if self._takes_place(Path(folder) / LORA_FILE):
+            return
         self.unload_lora()
         self.pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name=ADAPTER)
+        self._adapted()
         with safe_open(Path(folder) / LORA_FILE, "pt") as file:
             stored = sum(key.endswith(".weight") for key in file.keys())  # noqa: SIM118
         if len(self.lora_state()) != stored:
@@ -234,7 +301,18 @@ class Policy:
                 "are its key names of two kinds, or is it for another model?"
             )
 
+    def _takes_place(self, path: Path) -> bool:
+        with safe_open(path, "pt") as file:
+            state = {key.removeprefix("unet."): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            own_scale = "lora_adapter_metadata" in (file.metadata() or {})
+        held = self.lora_state() if self.has_adapter and self.masters is None else {}
+        if own_scale or {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in held.items()}:
+            return False
+        self.set_lora_state(state)
+        return True
+
     def unload_lora(self) -> None:
+        self.masters = None
         if self.has_adapter:
             self.pipeline.delete_adapters(ADAPTER)
 

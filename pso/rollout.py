@@ -59,7 +59,13 @@ def rollout(
     `step_keys` (default: keys) draw the noise of the steps. A few-step sampler's states are kept;
     with `to_x0` false the last, deterministic transition is left out and x0 is empty.
     """
-    step_keys = step_keys or keys
+    with policy.sampling():
+        return _sampled(policy, chain, condition, keys, step_keys or keys, to_x0)
+
+
+def _sampled(
+    policy: Policy, chain: Chain, condition: Conditioning, keys: list[Key], step_keys: list[Key], to_x0: bool
+) -> Trajectory:
     device, shape = policy.device, policy.latent_shape
     x = chain.init(keyed_noise(keys, INITIAL, shape).to(device))
     states = []

@@ -79,7 +79,7 @@ class _Latents:
         """A fresh draw from the latent posteriors [B, C, H, W]."""
         mean, std = self.given.pairs.latents(side, index)
         noise = keyed_noise([(self.given.seed, "posterior", side, update, i) for i in index], 0, mean.shape[1:])
-        return (mean + std * noise).to(self.given.policy.device)
+        return (mean + std * noise).to(self.given.policy.device, non_blocking=True)
 
     def steps(self, update: int, index: list[int]) -> Tensor:
         """n [B, S]."""
@@ -101,7 +101,7 @@ class _Latents:
             for i, steps in zip(index, n.tolist(), strict=True)
             for step in steps
         ]
-        eps = torch.cat(rows).view(*n.shape, *clean.shape[1:]).to(clean.device)
+        eps = torch.cat(rows).view(*n.shape, *clean.shape[1:]).to(clean.device, non_blocking=True)
         x = self.chain.noise_to(n, clean[:, None].expand_as(eps), eps)
         return Side("forward", n, x, eps)
 
@@ -200,8 +200,8 @@ def refuse_guidance(policy: Policy) -> None:
 
 def reverse_side(chain: Chain, states: Tensor, n: Tensor) -> Side:
     """The transitions n [B, S] of trajectories with states [B, N, C, H, W]."""
-    column = chain.num_steps - n  # x_n is the (N - n)-th state
-    row = torch.arange(len(n))[:, None]
+    column = (chain.num_steps - n).to(states.device, non_blocking=True)  # x_n is the (N - n)-th state
+    row = torch.arange(len(n), device=states.device)[:, None]
     return Side("reverse", n, states[row, column], states[row, column + 1])
 
 
@@ -232,7 +232,7 @@ class OnlinePairs:
         target, reference = (reverse_side(self.chain, here[side], n) for side in ("target", "reference"))
         log = {f"reward_{side}": here[f"reward_{side}"].mean().item() for side in ("target", "reference")}
         log["ties"] = here["tied"].float().mean().item()
-        return Batch(here["prompts"], target, reference, here["tied"].to(target.x.device), log)
+        return Batch(here["prompts"], target, reference, here["tied"].to(target.x.device, non_blocking=True), log)
 
     def _steps(self, update: int, count: int) -> Tensor:
         trained = self.given.chain.trained_steps

@@ -99,7 +99,7 @@ class StepwisePairs:
         prompts = torch.tensor(pair_indices(number, cfg.prompts_per_round, len(given.prompts), given.seed))
         at_once, own = max(1, given.micro_batch // cfg.candidates), given.ranks.share(len(prompts))
         parts = [slice(start, min(start + at_once, own.stop)) for start in range(own.start, own.stop, at_once)]
-        with given.ranks.together():
+        with given.ranks.together(), given.policy.sampling():
             found = [one for part in parts for one in self._part(number, part.start, prompts[part])]
         found = self._of_all(found)
         found.sort(key=lambda one: one.fork)  # then by prompt: in how many parts it was made leaves no trace

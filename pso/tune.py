@@ -24,7 +24,7 @@ import yaml
 from accelerate import Accelerator
 from pydantic import BaseModel
 
-from pso import sources
+from pso import sources, speed
 from pso.checkpoint import Checkpoints
 from pso.config import ConfigError, add_arguments, check, from_arguments, import_module
 from pso.entries import UNTUNED, Config, MethodEntry
@@ -88,6 +88,8 @@ def prepare(run: Run, hub: Hub, ranks: Ranks) -> tuple[ModuleType, sources.Given
         ranks=ranks,
     )
     give_data(given, config, run.model, entry, subject_of(run.task), hub, run.results)
+    if policy.speed.compile:
+        speed.check(policy, chain, given.condition)
     every = probed(entry.tune.probe_prompts, len(given.prompts))
     texts = [given.prompts[i] for i in every]
     seen = {name: metrics[name] for name in entry.tune.probe_metrics}
@@ -112,11 +114,11 @@ def method_of(run: Run) -> tuple[ModuleType, BaseModel, Callable]:
 
 def tuned_model(run: Run, hub: Hub, device: torch.device) -> tuple[Policy, Chain]:
     """The model with a fresh adapter, and the sampler on the grid on which it is tuned."""
-    model, where = run.config.models[run.model], f"models.{run.model}"
+    model, where, scale = run.config.models[run.model], f"models.{run.model}", run.config.scale_entry
     if model.lora_rank is None or model.tuned_steps is None:
         raise ConfigError(f"{where} has no lora_rank or tuned_steps; it is not a model that is tuned.")
     chain = chain_for(run.model, model, model.tuned_steps)
-    policy = load_policy(model, hub, getattr(torch, run.config.scale_entry.dtype), device, run.model)
+    policy = load_policy(model, hub, getattr(torch, scale.dtype), device, run.model, scale.speed)
     try:
         policy.add_lora(model.lora_rank, model.lora_targets, run.seed)
     except ValueError as error:
@@ -138,7 +140,7 @@ def resolved(run: Run, given: sources.Given) -> dict:
         "dataset": {data: recorded(config.datasets[data])},
         "metrics": {name: config.metrics[name].model_dump() for name in run.entry.metrics},
         "seed": run.seed,
-        "dtype": config.scale_entry.dtype,
+        **config.scale_entry.model_dump(include={"dtype", "speed"}),
     }
 
 
@@ -148,7 +150,8 @@ def tune(run: Run, ranks: Ranks) -> None:
     hub = Hub(hub_dir(run.config.scale, run.results))
     module, given, source, probe = prepare(run, hub, ranks)
     tuning, policy = run.entry.tune, given.policy
-    optimizer = torch.optim.AdamW(policy.lora_parameters(), lr=tuning.learning_rate, weight_decay=tuning.weight_decay)
+    rates = {"lr": tuning.learning_rate, "weight_decay": tuning.weight_decay}
+    optimizer = torch.optim.AdamW(policy.lora_parameters(), **rates, fused=policy.device.type == "cuda")
     optimizer = ranks.accelerator.prepare(optimizer)
     settings, inputs = resolved(run, given), inputs_of(hub, given)
     made_from = {

@@ -10,7 +10,6 @@ import torch
 import toy
 from accelerate import Accelerator
 from conftest import ROOT, snakemake
-from peft.tuners.tuners_utils import BaseTunerLayer
 from toy import SHAPE, TIMES, Brightness, FakeEmbeddings, FakePairs, Judge
 
 from pso import architectures, campaign, estimate, visits, work
@@ -62,10 +61,10 @@ def ran(tmp_path, method: str, tune: dict, objective: dict, guidance: float, cha
     seen = dict.fromkeys(("grad", "none", "pre", "decoded", "scored"), 0)
     network, decode = Policy._network, Policy.decode
 
-    def counted(self, shown, t, condition):
-        kind = "grad" if torch.is_grad_enabled() else "pre" if adapter_is_off(self) else "none"
+    def counted(self, shown, t, condition, pre):
+        kind = "grad" if torch.is_grad_enabled() else "pre" if pre else "none"
         seen[kind] += len(shown)
-        return network(self, shown, t, condition)
+        return network(self, shown, t, condition, pre)
 
     def decoded(self, latents):
         seen["decoded"] += len(latents)
@@ -90,10 +89,6 @@ def ran(tmp_path, method: str, tune: dict, objective: dict, guidance: float, cha
     ):
         loop.tune(run, Ranks(Accelerator(cpu=True)))
     return json.loads((tmp_path / "run.json").read_text()), seen
-
-
-def adapter_is_off(policy: Policy) -> bool:
-    return any(m.disable_adapters for m in policy.unet.modules() if isinstance(m, BaseTunerLayer))
 
 
 def counted(method: str, tune: dict, objective: dict, guidance: float, **more) -> work.Calls:

@@ -90,22 +90,6 @@ def test_gradients_flow_after_a_look_at_pre():
     assert trains(policy)
 
 
-def test_the_adapter_is_back_after_an_exception():
-    policy = new_policy(moved=0.2)
-    expected = outputs(policy, pre=False)
-    with pytest.raises(RuntimeError, match="inside"), policy.without_adapter():
-        raise RuntimeError("inside")
-    assert torch.equal(outputs(policy, pre=False), expected)
-    assert torch.is_grad_enabled() and trains(policy)
-
-
-def test_an_adapter_left_off_would_not_train():
-    policy = new_policy(moved=0.2)
-    policy.unet.disable_adapters()
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        trains(policy)
-
-
 def test_training_leaves_the_frozen_network_alone():
     policy = new_policy(moved=0.2)
     frozen = {k: p for k, p in policy.unet.named_parameters() if "lora" not in k}

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pso import pso_offline
+from pso.entries import Speed
 from pso.memory import Plan, choose, needs, plan, saved_bytes
 from pso.objective import Objective
 from pso.probe import Probe
@@ -93,14 +94,16 @@ def config():
 # ---- frozen weights in bfloat16 ----
 
 
-def half(moved: float = 0.0):
+def half(moved: float = 0.0, speed: Speed | None = None):
     """The toy policy with frozen weights in bfloat16, then a LoRA, as pso.tune makes it."""
     policy = toy.new_policy(rank=None)
+    policy.speed = speed or policy.speed
     for part in (policy.pipeline.unet, policy.pipeline.text_encoder, policy.pipeline.text_encoder_2):
         part.to(torch.bfloat16)
     policy.add_lora(4, ["to_q", "to_k", "to_v", "to_out.0"], seed=0)
     if moved:
         toy.move(policy, moved)
+        policy.set_lora_state({k: v.clone() for k, v in policy.lora_state().items()})
     return policy
 
 
