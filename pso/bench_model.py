@@ -18,6 +18,8 @@ from transformers import CLIPTokenizer
 
 from pso import architectures, bench_size
 from pso.bench_size import RESOLUTION
+from pso.config import load
+from pso.entries import Speed
 from pso.mdp import SDXL_SCHEDULE
 from pso.models import VAE_DTYPES
 from pso.policy import Policy
@@ -82,12 +84,18 @@ def random_pipeline(resolution: int, device: torch.device, dtype: torch.dtype) -
     return pipeline
 
 
-def policy_of(pipeline: StableDiffusionXLPipeline, resolution: int, rank: int) -> Policy:
+def policy_of(pipeline: StableDiffusionXLPipeline, resolution: int, rank: int, speed: Speed | None = None) -> Policy:
     """Ours on a pipeline, with a LoRA that is not zero."""
-    policy = Policy(pipeline, resolution)
+    policy = Policy(pipeline, resolution, speed=speed)
     policy.add_lora(rank, ["to_q", "to_k", "to_v", "to_out.0"], seed=0)
-    wake(policy.unet.named_parameters())
+    wake(policy.unet.named_parameters() if policy.masters is None else policy.masters.full.items())
+    policy.lora_changed()
     return policy
+
+
+def published_speed(device: torch.device) -> Speed:
+    """How the scales run the networks: that of published weights on a GPU, that of stand-ins on a CPU."""
+    return load({"scale": "miniature" if device.type == "cpu" else "paper"}).scale_entry.speed
 
 
 @torch.no_grad()

@@ -18,9 +18,10 @@ import torch
 
 from pso import timing
 from pso.bench_model import RESOLUTION, SIZES
-from pso.bench_step import asked_device, ceiling, row, size_of, timed_once
+from pso.bench_step import add_speed, asked_device, asked_speed, ceiling, row, size_of, timed_once
 from pso.bench_updates import COMPARISONS, TOLERANCE, Pair, Size, difference
 from pso.counting import counted
+from pso.entries import Speed
 
 log = logging.getLogger("bench")
 VARIANTS = ("ours", "ours again", "as released", "tuned")
@@ -33,15 +34,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each variant")
     parser.add_argument("--only", nargs="+", choices=tuple(COMPARISONS), default=list(COMPARISONS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_speed(parser)
 
 
-def compared(name: str, size: Size, device: torch.device, dtype: torch.dtype, rounds: int) -> dict:
+def compared(
+    name: str, size: Size, device: torch.device, dtype: torch.dtype, rounds: int, speed: Speed | None = None
+) -> dict:
     """The rows of one comparison; without any where the gradients differ."""
     apart = difference(name, ancestral=size.resolution == 512)
     found = {"difference": apart, "peer": COMPARISONS[name].peer.__name__, "entry": COMPARISONS[name].entry}
     if not apart <= TOLERANCE:
         return found | {"invalid": True}
-    pair = Pair(name, size, device, dtype)
+    pair = Pair(name, size, device, dtype, speed)
+    with timing.Timer(device) as first:  # compiles, where the scale's `speed` says so
+        pair.our_update()
+    found |= {"speed": pair.policy.speed.model_dump(), "first_update_s": round(first.seconds, 2)}
     released, tuned = pair.released(), pair.tuned(timed_once(pair))
     calls = {
         "ours": pair.our_update,
@@ -91,7 +98,7 @@ def run(args: argparse.Namespace) -> dict:
     size, load_before, clocks = size_of(args), os.getloadavg()[0], timing.clocks(device)
     found = {}
     for name in args.only:
-        found[name] = compared(name, size, device, dtype, args.rounds)
+        found[name] = compared(name, size, device, dtype, args.rounds, asked_speed(args))
         log.info("%s: %s", name, found[name].get("ratio", "invalid"))
         free(device)
     asked = (
@@ -99,7 +106,7 @@ def run(args: argparse.Namespace) -> dict:
         f"--only {' '.join(args.only)} --device {args.device}"
     )
     return {
-        "command": f"python -m pso.bench peers {asked}",
+        "command": f"python -m pso.bench peers {asked}" + (f" --speed '{args.speed}'" if args.speed != "{}" else ""),
         "resolution": args.resolution,
         "pairs": args.pairs,
         "steps": args.timesteps,

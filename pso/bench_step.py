@@ -5,6 +5,8 @@
 
 A row: median, spread, pictures at one time per second, and on a GPU what share of the measured matrix product that is
 (results/benchmarks/ceiling.json; without it no share is told).
+Ours runs its networks as the scales do (`speed` in scales.yaml: on a GPU the scale of published weights); --speed tries
+others.
 """
 
 import argparse
@@ -15,8 +17,10 @@ import pandas as pd
 import torch
 
 from pso import flops, timing
-from pso.bench_model import RESOLUTION, SIZES
+from pso.bench_model import RESOLUTION, SIZES, published_speed
 from pso.bench_updates import TOLERANCE, Form, Pair, Size, difference
+from pso.config import check
+from pso.entries import Speed
 from pso.paths import RESULTS
 from pso.provenance import UserError
 
@@ -43,7 +47,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form.add_argument("--as-released", action="store_true", help="a peer's own micro-batch and checkpointing")
     form.add_argument("--tuned", action="store_true", help="a peer's best micro-batch, no checkpointing (default)")
     parser.add_argument("--rounds", type=int, default=5)
+    add_speed(parser)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def add_speed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--speed", default="{}", help="""what differs from the scale's `speed` of ours, as JSON: '{"compile": true}'"""
+    )
+
+
+def asked_speed(args: argparse.Namespace) -> Speed:
+    """How ours runs its networks."""
+    try:
+        asked = json.loads(args.speed)
+    except ValueError as error:
+        raise UserError(
+            f"--speed is {args.speed!r}, which is no JSON ({error}); write '{{\"compile\": true}}'."
+        ) from None
+    if not isinstance(asked, dict):
+        raise UserError(f'--speed is {args.speed!r}; expected an object of settings, such as {{"compile": true}}.')
+    return check(Speed, published_speed(torch.device(args.device)).model_dump() | asked, "--speed")
 
 
 def asked_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
@@ -157,17 +181,21 @@ def comparison(args: argparse.Namespace) -> str:
 def run(args: argparse.Namespace) -> dict:
     device, dtype = asked_device(args)
     name, ours = comparison(args), args.impl == "ours"
-    asked = None if args.micro_batch == "auto" else whole_number(args.micro_batch)
+    asked, speed = None if args.micro_batch == "auto" else whole_number(args.micro_batch), asked_speed(args)
     apart = difference(name, ancestral=args.resolution == 512)
     figures = {"implementation": args.impl, "method": name, "difference": apart}
     if not apart <= TOLERANCE:
         return figures | {"invalid": True, "command": command(args)}
-    pair = Pair(name, size_of(args, asked if ours else None), device, dtype)
+    pair = Pair(name, size_of(args, asked if ours else None), device, dtype, speed)
     form = None if ours else form_of(args, pair)
     call = pair.our_update if ours else (lambda: pair.their_update(form))
     with timing.peak(device) as most:
         seconds = timing.abab({args.impl: call}, args.rounds, device)[args.impl]
-    told = {} if form is None else {"micro_batch_pairs": form.pairs, "checkpointing": form.gradient_checkpointing}
+    told = (
+        {"speed": speed.model_dump()}
+        if form is None
+        else {"micro_batch_pairs": form.pairs, "checkpointing": form.gradient_checkpointing}
+    )
     return {
         **figures,
         **told,
@@ -184,7 +212,8 @@ def command(args: argparse.Namespace) -> str:
         f"--impl {args.impl} --method {args.method} --resolution {args.resolution} --pairs {args.pairs} "
         f"--timesteps {args.timesteps} --micro-batch {args.micro_batch} --rounds {args.rounds} --device {args.device}"
     )
-    more = " --as-released" if args.as_released else " --tuned" if args.tuned else ""
+    more = f" --speed '{args.speed}'" if args.speed != "{}" else ""
+    more += " --as-released" if args.as_released else " --tuned" if args.tuned else ""
     return f"python -m pso.bench step {asked}{more}"
 
 

@@ -15,9 +15,9 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
-from pso.bench_model import RESOLUTION, policy_of, random_pipeline, wake
+from pso.bench_model import RESOLUTION, policy_of, published_speed, random_pipeline, wake
 from pso.config import import_module, load
-from pso.entries import MethodEntry, TuneConfig
+from pso.entries import MethodEntry, Speed, TuneConfig
 from pso.evidence import Batch, Side
 from pso.loop import Loop
 from pso.mdp import Ancestral, Chain, Renoise, sdxl_alphas_cumprod
@@ -164,6 +164,7 @@ class Pair:
     size: Size
     device: torch.device
     dtype: torch.dtype
+    speed: Speed | None = None  # of ours; None: as the scales run the networks
 
     def __post_init__(self):
         pipeline = random_pipeline(self.size.resolution, self.device, self.dtype)
@@ -171,7 +172,8 @@ class Pair:
         other = StableDiffusionXLPipeline(**parts, add_watermarker=False)
         self.entry, self.module, self.settings = settings_of(self.name)
         self.compared, self.pipeline = COMPARISONS[self.name], pipeline
-        self.policy = policy_of(pipeline, self.size.resolution, self.size.rank)
+        speed = self.speed or published_speed(self.device)
+        self.policy = policy_of(pipeline, self.size.resolution, self.size.rank, speed)
         self.chain = chain_of(self.size.resolution, self.size.steps)
         self.loop, self.number = self.ours(), 0
         self.peer = self.theirs(other)
@@ -199,7 +201,8 @@ class Pair:
         bound = size.micro_batch or max(256, 2 * size.pairs * size.steps)
         objective = Objective(self.module, self.settings, policy, source.chain, bound, given.ranks)
         tuning = TuneConfig(num_updates=1, batch_size=size.pairs, learning_rate=1e-5)
-        optimizer = torch.optim.AdamW(policy.lora_parameters(), lr=1e-5, weight_decay=1e-6)
+        rates = {"lr": 1e-5, "weight_decay": 1e-6}
+        optimizer = torch.optim.AdamW(policy.lora_parameters(), **rates, fused=self.device.type == "cuda")
         silent = SimpleNamespace(update=lambda *_: None, at=lambda *_: None)
         return Loop(self.name, tuning, given, source, None, objective, optimizer, None, silent, silent)
 

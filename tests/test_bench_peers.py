@@ -10,7 +10,7 @@ from toy import quiet  # noqa: F401
 
 from eval import bench_pictures
 from pso import bench, bench_cpu, bench_peers, bench_step
-from pso.bench_model import drawn, networks, policy_of, random_pipeline
+from pso.bench_model import drawn, networks, policy_of, published_speed, random_pipeline
 from pso.bench_updates import COMPARISONS, Form, Size, chain_of
 from pso.mdp import Ancestral, Renoise
 from pso.provenance import UserError
@@ -107,6 +107,9 @@ def test_on_a_cpu(tmp_path, same_function):
         (["step", "--micro-batch", "all"], "--micro-batch is 'all'; expected auto or a number"),
         (["peers", "--resolution", "512", "--device", "cpu"], "--resolution is 512 with --device cpu; expected 128"),
         (["online-epoch", "--round-pairs", "6"], "--round-pairs is 6; expected a multiple of --pairs .4."),
+        (["step", "--speed", "fast"], "--speed is 'fast', which is no JSON"),
+        (["step", "--speed", "[1]"], "--speed is '.1.'; expected an object of settings"),
+        (["peers", "--speed", '{"compile": 3}', "--only", "mapo"], "--speed"),
         (["cpu", "--threads", "0"], "--threads is 0; expected a number of at least 1"),
     ],
 )
@@ -127,6 +130,21 @@ def test_the_released_forms_are_those_of_the_scripts():
     assert online.form(1024, 1) == Form(1, True), "an update has no more pairs"
     assert COMPARISONS["spo"].form(512, 32) == Form(2, False)
     assert COMPARISONS["mapo"].form(1024, 32) == COMPARISONS["diffusers-dpo"].form(512, 32) == Form(8, True)
+
+
+def test_ours_runs_as_the_scales_do_unless_asked_otherwise():
+    asked = SimpleNamespace(device="cpu", speed='{"channels_last": true}')
+    speed = bench_step.asked_speed(asked)
+    assert speed.channels_last and speed.merge_lora == published_speed(CPU).merge_lora
+    assert published_speed(torch.device("cuda")).lora_compute == "base" != published_speed(CPU).lora_compute
+
+
+def test_a_lora_with_masters_is_awake_too():
+    pipeline = random_pipeline(128, CPU, torch.bfloat16)
+    policy = policy_of(pipeline, 128, 4, published_speed(torch.device("cuda")))
+    assert all(p.dtype is torch.float32 and bool(p.detach().abs().sum() > 0) for p in policy.lora_parameters())
+    held = [p for name, p in policy.unet.named_parameters() if "lora_B" in name]
+    assert all(p.dtype is torch.bfloat16 and bool(p.detach().abs().sum() > 0) for p in held)
 
 
 def test_the_sampler_of_a_size():

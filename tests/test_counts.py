@@ -211,4 +211,4 @@ def test_a_micro_batch_bounds_what_ours_keeps():
 def test_aten_operations_of_an_update_are_fewer_than_the_peers():
     """An upper bound for ours; the release makes an operation of its own for each micro-step."""
     ours, theirs = of_ours("online").operations, of_theirs("online").operations
-    assert ours <= 13_500 and theirs > 10 * ours
+    assert ours <= 14_000 and theirs > 10 * ours
