@@ -24,7 +24,7 @@ import yaml
 from accelerate import Accelerator
 from pydantic import BaseModel
 
-from pso import sources, speed
+from pso import compiled, sources
 from pso.checkpoint import Checkpoints
 from pso.config import ConfigError, add_arguments, check, from_arguments, import_module
 from pso.entries import UNTUNED, Config, MethodEntry
@@ -91,7 +91,7 @@ def prepare(run: Run, hub: Hub, ranks: Ranks) -> tuple[ModuleType, sources.Given
     )
     give_data(given, config, run.model, entry, subject_of(run.task), hub, run.results)
     if policy.speed.compile:
-        speed.check(policy, chain, given.condition)
+        compiled.check(policy, chain, given.condition)
     every = probed(entry.tune.probe_prompts, len(given.prompts))
     texts = [given.prompts[i] for i in every]
     seen = {name: metrics[name] for name in entry.tune.probe_metrics}

@@ -8,6 +8,7 @@ import toy
 from diffusers import StableDiffusionXLPipeline
 from test_memory import half
 
+from pso import compiled as looks
 from pso import pso_offline, speed, trees
 from pso.entries import Speed
 from pso.masters import Masters
@@ -270,7 +271,7 @@ def good() -> Policy:
 
 
 def looked_at(policy: Policy) -> None:
-    speed.check(policy, CHAIN, policy.encode_prompts(toy.PROMPTS), rows=2)
+    looks.check(policy, CHAIN, policy.encode_prompts(toy.PROMPTS), rows=2)
 
 
 def test_the_check_passes_a_compiled_policy_and_leaves_its_lora(good):
