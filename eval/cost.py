@@ -18,7 +18,7 @@ from pso.provenance import UserError, atomic, sentences
 from pso.runs import jobs
 from pso.steps import Steps
 
-STAGES = {"hub": "stand-in hub", "cache": "latents and embeddings", "run": "tuning"}
+STAGES = {"hub": "stand-in hub", "cache": "latents, texts, embeddings", "run": "tuning"}
 COLUMNS = {
     "wall_s": "wall s",
     "cpu_s": "CPU s",

@@ -83,6 +83,49 @@ def test_pre_follows_a_lora_that_is_loaded_and_unloaded(tmp_path):
     assert torch.equal(eps(policy), before)
 
 
+# ---- what goes through the network at a time ----
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4, 7])
+def test_chunks_have_the_gradient_of_the_whole(micro_batch):
+    assert apart(gradient(exact_policy(), micro_batch), gradient(exact_policy())) <= 1e-10
+
+
+def test_activations_that_are_formed_again_have_the_same_gradient():
+    policy = exact_policy()
+    policy.gradient_checkpointing(True)
+    assert apart(gradient(policy), gradient(exact_policy())) <= 1e-10
+
+
+def test_a_chunk_too_few_is_told_apart(monkeypatch):
+    expected, back, left = gradient(exact_policy()), Objective._back, []
+
+    def all_but_the_last(self, call, *rest):
+        if call.places == [(1, 8)]:
+            left.append(call)
+        else:
+            back(self, call, *rest)
+
+    monkeypatch.setattr(Objective, "_back", all_but_the_last)
+    assert apart(gradient(exact_policy(), 4), expected) > 1e-3 and len(left) == 1
+
+
+def stepped(fused: bool, weight_decay: float = 0.1) -> torch.Tensor:
+    """What the optimiser makes of a gradient."""
+    policy = exact_policy()
+    rates = {"lr": 1e-3, "weight_decay": weight_decay}
+    optimizer = torch.optim.AdamW(policy.lora_parameters(), **rates, fused=fused)
+    for k, p in enumerate(policy.lora_parameters()):
+        p.grad = toy.randn(k, *p.shape, dtype=torch.float64)
+    optimizer.step()
+    return torch.cat([p.detach().flatten() for p in policy.lora_parameters()])
+
+
+def test_fused_adamw_takes_the_same_step():
+    assert apart(stepped(True), stepped(False)) <= 1e-10
+    assert apart(stepped(True, weight_decay=0.0), stepped(False)) > 1e-6
+
+
 # ---- a LoRA added to the weights ----
 
 
@@ -263,6 +306,13 @@ def test_channels_last_has_the_same_gradient():
 @pytest.mark.parametrize("name", ["math", "efficient", "flash", "cudnn"])
 def test_attention_kernels_have_the_same_gradient(name):
     assert apart(gradient(exact_policy(Speed(attention=name))), gradient(exact_policy())) <= 1e-10
+
+
+def test_an_attention_of_another_scale_is_told_apart(monkeypatch):
+    attend, expected = torch.nn.functional.scaled_dot_product_attention, gradient(exact_policy())
+    changed = lambda query, *rest, **more: attend(1.01 * query, *rest, **more)  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", changed)
+    assert apart(gradient(exact_policy()), expected) > 1e-6
 
 
 @pytest.fixture(scope="module")
