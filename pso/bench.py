@@ -1,4 +1,4 @@
-"""Speed and work, written to results/benchmarks/: python -m pso.bench score|count|pairs [options].
+"""Speed and work, written to results/benchmarks/: python -m pso.bench NAME [options], the names in BENCHMARKS.
 
 A benchmark is a module with add_arguments(parser), run(args) -> figures, or None where there is nothing to keep, and
 text(told) -> markdown; found by its dotted path as methods are: this package imports neither eval nor baselines.
