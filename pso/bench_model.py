@@ -40,7 +40,7 @@ def networks(resolution: int) -> ModuleType:
 @torch.no_grad()
 def drawn(network: nn.Module, device: torch.device, dtype: torch.dtype, seed: int = 0) -> nn.Module:
     """A network from the meta device with weights; the same for a seed and a kind of device."""
-    network = network.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    network = nn.Module.to(network, dtype).to_empty(device=device).eval().requires_grad_(False)  # diffusers' to() warns
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in network.named_parameters():
         if parameter.ndim > 1:

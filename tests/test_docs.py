@@ -169,7 +169,9 @@ def as_pattern(name: str) -> str:
 
 
 def is_made(path: str) -> bool:
-    """Whether a path is one of the grammar's, below one of its open folders, or a folder above one."""
+    """Whether a path is one of the grammar's, below one of its open folders, or a folder above one. Of {json,md} the
+    first is looked for."""
+    path = re.sub(r"\{([^{},]*),[^{}]*\}", r"\1", path)
     for name in grammar():
         if re.fullmatch(as_pattern(name) + (".+" if name.endswith("/") else ""), path):
             return True
@@ -187,6 +189,8 @@ def is_made(path: str) -> bool:
         ("results/miniature/tables/table1.tex", True),
         ("results/miniature/tables/table1.docx", False),
         ("results/miniature/cost.txt", False),
+        ("results/benchmarks/count.{json,md}", True),
+        ("results/benchmarks/count.{txt,md}", False),
         ("results/miniature/preference/sdxl_dmd2/images.json", True),
         ("results/miniature/preference/sdxl_dmd2/pso/seed0/run.xml", False),
         ("results/miniature/preference/sdxl_dmd2/pso/seed0/lora", True),

@@ -18,6 +18,7 @@ from pso.objective import Objective
 from pso.peers.diffusers_dpo import DiffusersDpo
 from pso.peers.mapo import Mapo
 from pso.peers.released_pso import OfflineReleasedPso, ReleasedPso
+from pso.peers.released_round import ReleasedRound
 from pso.peers.script import Form, Pictures, log_probability
 from pso.peers.spo import Spo
 from pso.policy import Conditioning, Policy
@@ -214,6 +215,43 @@ def test_the_clip_is_that_of_the_settings(clip):
 
 
 # ---- what goes before the step ----
+
+
+@pytest.mark.parametrize("kind", STOCHASTIC)
+def test_the_released_round_samples_by_the_same_kernel(kind):
+    """From x_N down, with one noise for the whole batch."""
+    chain = exact(kind)
+    one = ReleasedRound(peer("online", chain), None, toy.SHAPE, None, 2)
+    text = Conditioning(CONDITION.hidden[:2], CONDITION.pooled[:2])
+    torch.manual_seed(3)
+    states, clean = one.trajectory(text)
+    torch.manual_seed(3)
+    x = chain.init(torch.randn(2, *toy.SHAPE))
+    for n in range(4, 0, -1):
+        assert torch.allclose(states[4 - n], x, rtol=1e-5, atol=1e-5)
+        eps = one.step.eps(torch.full((2,), n), states[4 - n], text)
+        x = chain.step(torch.full((2,), n), states[4 - n], eps, torch.randn(1, *toy.SHAPE))
+    assert torch.allclose(clean, x, rtol=1e-5, atol=1e-5) and len(states) == 4
+
+
+def test_the_released_round_takes_the_better_of_two_and_trains_on_it():
+    chain = exact(Renoise)
+    script = peer("online", chain)
+    script.use(Form(1, gradient_checkpointing=False))
+    rewards = iter([1.0, 2.0, 5.0, 4.0, 3.0, 3.0, 0.0, 1.0])
+    vae = script.pipeline.vae
+    one = ReleasedRound(script, vae, (4, 8, 8), lambda images, prompts: torch.tensor([next(rewards)]), 2)
+    seen, before = [], [p.detach().clone() for p in script.parameters]
+    make = one.pairs_of
+    one.pairs_of = lambda here: seen.append((here, make(here))) or seen[-1][1]
+    one(["a", "b", "c", "d"])
+    assert [batch.tied.tolist() for _, batch in seen] == [[False, False], [True, False]]
+    (here, batch), _ = seen
+    assert torch.equal(batch.target.x[0], here["second"][0, :-1]) and torch.equal(
+        batch.target.x[1], here["first"][1, :-1]
+    )
+    assert torch.equal(batch.reference.answer[0], here["first"][0, 1:]) and batch.target.n.tolist() == [[4, 3, 2]] * 2
+    assert not any(torch.equal(p, q) for p, q in zip(script.parameters, before, strict=True))
 
 
 def test_a_micro_batch_that_does_not_divide_an_update_is_refused():
