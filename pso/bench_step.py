@@ -18,6 +18,7 @@ import torch
 
 from pso import flops, timing
 from pso.bench_model import RESOLUTION, SIZES, published_speed
+from pso.bench_rows import measured_rate
 from pso.bench_updates import TOLERANCE, Form, Pair, Size, difference
 from pso.config import check
 from pso.entries import Speed
@@ -26,7 +27,7 @@ from pso.provenance import UserError
 
 IMPLEMENTATIONS = ("ours", "released-pso", "diffusers-dpo", "spo", "mapo")
 EXAMPLE = """'{"compile": true}'"""
-CEILING = RESULTS / "benchmarks" / "ceiling.json"
+FOLDER = RESULTS / "benchmarks"
 # FLOPs of the small model, as tests/test_counts.py counts them; again: what checkpoints form once more
 SMALL = {
     "theta": 492_316_672 + 462_756_864,
@@ -89,12 +90,9 @@ def size_of(args: argparse.Namespace, rows: int | None = None) -> Size:
     return Size(args.resolution, args.pairs, args.timesteps, rows)
 
 
-def ceiling(device: torch.device, path: Path = CEILING) -> float | None:
-    """FLOP/s of the measured matrix product on this kind of GPU; None where nobody measured."""
-    if device.type != "cuda" or not path.is_file():
-        return None
-    told = json.loads(path.read_text())
-    return told["matmul"]["tflops"] * 1e12 if told.get("device") == "cuda" else None
+def ceiling(device: torch.device, folder: Path = FOLDER) -> float | None:
+    """FLOP/s of the matrix product measured on this GPU; None where nobody measured."""
+    return measured_rate(folder, device).flops if device.type == "cuda" else None
 
 
 def of_calls(resolution: int, rank: int, gradient_checkpointing: bool) -> dict[str, int]:

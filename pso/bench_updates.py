@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
+from pso import compiled
 from pso.bench_model import RESOLUTION, policy_of, published_speed, random_pipeline, wake
 from pso.config import import_module, load
 from pso.entries import MethodEntry, Speed, TuneConfig
@@ -176,6 +177,8 @@ class Pair:
         self.policy = policy_of(pipeline, self.size.resolution, self.size.rank, speed)
         self.chain = chain_of(self.size.resolution, self.size.steps)
         self.loop, self.number = self.ours(), 0
+        if speed.compile:  # else what is timed may be another function
+            compiled.check(self.policy, self.chain, self.loop.given.condition)
         self.peer = self.theirs(other)
         self.turns = 0
 

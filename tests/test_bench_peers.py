@@ -13,7 +13,7 @@ from pso import bench, bench_cpu, bench_peers, bench_step
 from pso.bench_model import drawn, networks, policy_of, published_speed, random_pipeline
 from pso.bench_updates import COMPARISONS, Form, Size, chain_of
 from pso.mdp import Ancestral, Renoise
-from pso.provenance import UserError
+from pso.provenance import UserError, hardware
 
 CPU = torch.device("cpu")
 
@@ -155,11 +155,14 @@ def test_the_sampler_of_a_size():
 
 def test_the_ceiling_is_read_where_it_was_measured(tmp_path):
     path, gpu = tmp_path / "ceiling.json", torch.device("cuda")
-    assert bench_step.ceiling(gpu, path) is None
-    path.write_text(json.dumps({"device": "cuda", "matmul": {"tflops": 700.0}}))
-    assert bench_step.ceiling(gpu, path) == 7e14 and bench_step.ceiling(CPU, path) is None
-    path.write_text(json.dumps({"device": "cpu", "matmul": {"tflops": 0.1}}))
-    assert bench_step.ceiling(gpu, path) is None
+    assert bench_step.ceiling(gpu, tmp_path) is None
+    told = {"device": "cuda", "matmul": {"tflops": 700.0}, "hardware": hardware()}
+    path.write_text(json.dumps(told))
+    assert bench_step.ceiling(gpu, tmp_path) == 7e14 and bench_step.ceiling(CPU, tmp_path) is None
+    path.write_text(json.dumps(told | {"device": "cpu"}))
+    assert bench_step.ceiling(gpu, tmp_path) is None
+    path.write_text(json.dumps(told | {"hardware": hardware() | {"gpus": ["another"]}}))
+    assert bench_step.ceiling(gpu, tmp_path) is None
 
 
 def test_share_of_the_ceiling_and_prediction():
