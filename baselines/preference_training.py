@@ -194,7 +194,7 @@ def train(config: Config, model_name: str, hub: Hub, results: Path) -> dict:
         raise ConfigError(f"scales.{config.scale}.preference_model is missing; it is needed to train one.")
     seed = config.scale_entry.seed
     chain = chain_for(model_name, entry, entry.tuned_steps)
-    policy = load_policy(entry, hub, getattr(torch, config.scale_entry.dtype))
+    policy = load_policy(entry, hub, getattr(torch, config.scale_entry.dtype), speed=config.scale_entry.speed)
     cache = PairCache(config.scale, model_name, fit.data, results)
     base = load_metric("spm_lite", config.metrics["spm_lite"], hub, policy.device).base
     base.model.requires_grad_(False)

@@ -144,7 +144,8 @@ class Generator:
         self.config, self.model, self.results = config, model, results
         self.hub = Hub(hub_dir(config.scale, results))
         self.entry = config.models[model]
-        self.policy = load_policy(self.entry, self.hub, getattr(torch, config.scale_entry.dtype), name=model)
+        dtype, speed = getattr(torch, config.scale_entry.dtype), config.scale_entry.speed
+        self.policy = load_policy(self.entry, self.hub, dtype, name=model, speed=speed)
         self.inputs = self.hub.inputs()
         self.texts = KeptTexts(config, model, self.hub, results)
         self.prompts: dict[tuple[str, str | None], list[Prompt]] = {}
@@ -170,7 +171,7 @@ class Generator:
             "lora": None if lora is None else sha256_of(lora),
             "code": fingerprint("eval.generate"),
             "batch": self.config.scale_entry.eval_batch,
-            "dtype": self.config.scale_entry.dtype,
+            **self.config.scale_entry.model_dump(include={"dtype", "speed"}),
             "images": digest([asdict(w) for block in shard for w in block]),
         }
 
@@ -208,8 +209,9 @@ class Generator:
         size = self.config.scale_entry.eval_batch
         self._load(job)
         chain = chain_for(job.model, self.entry, job.steps)
-        for block in shard:
-            behind(made.add, block, sample_block(self.policy, chain, block, size, self.texts.rows))
+        with self.policy.sampling():
+            for block in shard:
+                behind(made.add, block, sample_block(self.policy, chain, block, size, self.texts.rows))
         return behind(made.write)
 
     def _load(self, job: Job) -> None:

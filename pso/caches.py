@@ -225,16 +225,17 @@ def build(config: Config, model: str, dataset: str, results: Path) -> None:
     dtype = getattr(torch, config.scale_entry.dtype)
     kept = dtype if dtype == torch.float32 else torch.float16
     settings = {"scale": config.scale, "model": model, "dataset": {dataset: recorded(entry)}}
-    made_from = {"code": fingerprint("pso.caches"), "dtype": str(kept)}
+    speed = config.scale_entry.speed
+    made_from = {"code": fingerprint("pso.caches"), "dtype": str(kept), "speed": speed.model_dump()}
     if entry.format == "imagefolder":
         (reader, found), chain = image_folder(hub, entry, dataset), sampler(model, model_entry)
         inputs, plan = (lambda: found), None
-        policy = load_policy(model_entry, hub, dtype, name=model)
+        policy = load_policy(model_entry, hub, dtype, name=model, speed=speed)
         encode = against_samples(policy, chain, kept)
         made_from["model"] = model_entry.model_dump(exclude={"title"})
     else:
         reader, inputs = pairs_of(hub, entry, dataset)
-        policy = load_policy(model_entry, hub, dtype, name=model)
+        policy = load_policy(model_entry, hub, dtype, name=model, speed=speed)
         plan, encode = latents_plan(config, model, dataset), labelled(policy, kept)
         made_from["model"] = model_entry.model_dump(include={"base", "vae", "resolution"})
     made_from["weights"] = weights = hub.inputs()

@@ -6,7 +6,7 @@ Numbers of properties are those of spec/baselines.md, Section 9.
 import math
 from dataclasses import replace
 from types import SimpleNamespace
-from unittest.mock import patch
+from unittest.mock import PropertyMock, patch
 
 import numpy as np
 import pytest
@@ -299,7 +299,7 @@ def test_mapo_never_runs_pre_and_the_others_do():
     policy, batch = new_policy(moved=0.3), pairs_of(4, [3] * 4)
     for micro_batch, forwards in ((100, 8), (3, 16)):  # two passes run theta twice
         before = policy.unet_forwards
-        with patch.object(Policy, "without_adapter", side_effect=AssertionError("pre")):
+        with patch.object(Policy, "pre_unet", PropertyMock(side_effect=AssertionError("pre"))):
             step(policy, mapo, batch, micro_batch)
             for module in (diffusion_dpo, rpo):
                 with pytest.raises(AssertionError, match="pre"):

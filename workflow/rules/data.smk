@@ -30,7 +30,7 @@ rule latents:
     params:
         model=lambda w: pair_settings(w.model, w.dataset),
         dataset=lambda w: CONFIG.datasets[w.dataset].model_dump(),
-        dtype=CONFIG.scale_entry.dtype,
+        **CONFIG.scale_entry.model_dump(include={"dtype", "speed"}),
         code=fingerprint("pso.caches"),
     shell:
         "python -m pso.launch --gpus {resources.gpu} --nodes {resources.nodes} --cpus {threads}"

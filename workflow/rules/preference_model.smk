@@ -24,7 +24,7 @@ rule preference_model:
             CONFIG, w.model, CONFIG.models[w.model].tuned_steps
         ),
         scorer=scorer_params(CONFIG, "spm_lite"),
-        dtype=CONFIG.scale_entry.dtype,
+        **CONFIG.scale_entry.model_dump(include={"dtype", "speed"}),
         code=fingerprint("baselines.preference_training"),
     shell:
         "python -m pso.launch --gpus {resources.gpu} --nodes {resources.nodes} --cpus {threads}"
