@@ -4,7 +4,8 @@
 
 Between `<!-- results:begin -->` and its end: the miniature's tables, each with its paragraph, and what became of the
 claims. Between `<!-- cost:begin -->` and its end: the stages of results/miniature/cost.md. Between
-`<!-- scorers:begin -->` and its end: our scorers against the official ones, from results/verify_scorers.json. No torch.
+`<!-- scorers:begin -->` and its end: our scorers against the official ones, from results/verify_scorers.json. Between
+`<!-- speed:begin -->` and its end: our updates against those of others, from results/benchmarks/cpu.json. No torch.
 """
 
 import json
@@ -78,12 +79,54 @@ def scorers_block(found: dict) -> str:
     return frame[shown].rename(columns={"size": "network"}).to_markdown(index=False, disable_numparse=True)
 
 
+SPEED = {  # of the comparisons in cpu.json
+    "online": "Online-PSO, as released",
+    "offline": "Offline-PSO, in the released style",
+    "diffusers-dpo": "Diffusion-DPO of diffusers",
+    "spo": "SPO, on one transition a pair",
+    "mapo": "MaPO",
+}
+
+
+def speed_block(found: dict) -> str:
+    """Our update against those of others on a CPU: how many times as fast, and what an update does."""
+    lines = []
+    for name, one in found["comparisons"].items():
+        counts, ratio = one["counts"], one["ratio"]
+        lines.append(
+            {
+                "update": SPEED[name],
+                "against: as released": f"{ratio['as released']:.2f}",
+                "tuned": f"{ratio['tuned']:.2f}",
+                "noise": f"{ratio['ours again']:.2f}",
+                "UNet calls": f"{counts['ours']['unet_calls']} / {counts['as released']['unet_calls']}",
+                "host syncs": f"{counts['ours']['host_syncs']} / {counts['as released']['host_syncs']}",
+                "peak RSS, GiB": " / ".join(f"{one['peak_rss_gib'][v]['most']:.2f}" for v in ("ours", "as released")),
+            }
+        )
+    made = found["generation_and_scoring"]
+    speeds = made["pictures_per_s"]
+    head = (
+        f"{found['pairs']} pairs, {found['timesteps']} steps, {found['rounds']} rounds, {found['threads']} threads of "
+        f"{found['hardware']['cpus']} CPUs ({found['hardware']['machine']}); how many times as fast ours is, median of "
+        "ratios within a round; *noise* is ours against itself; counts and memory are ours / as released:"
+    )
+    pictures = (
+        f"Pictures generated and scored: {speeds['ours']} per second in batches of {found['pictures']}, "
+        f"{speeds['one by one']} with diffusers' pipeline and the scorer called for one at a time: **{made['ratio']} "
+        "times as fast**."
+    )
+    table = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
+    return "\n\n".join([head, table, pictures, f"`{found['command']}`"])
+
+
 def blocks(config: Config, base: Path) -> dict[str, str]:
     results = [table_block(config, base, name) for name in SHOWN]
     results.append(claims_block(json.loads((base / "claims.json").read_text())))
     scorers = json.loads((base.parent / "verify_scorers.json").read_text())
     cost = (base / "cost.md").read_text().split("\n\n")[0]
-    return {"results": "\n\n".join(results), "cost": cost, "scorers": scorers_block(scorers)}
+    speed = speed_block(json.loads((base.parent / "benchmarks" / "cpu.json").read_text()))
+    return {"results": "\n\n".join(results), "cost": cost, "scorers": scorers_block(scorers), "speed": speed}
 
 
 def fill(text: str, contents: dict[str, str]) -> str:

@@ -37,6 +37,7 @@ SIZED = ("write", "pwrite", "writev", "fwrite")  # calls that can be short
 MODEL = ("--model", "sdxl_dmd2")
 JOBS = {
     "latents": ("pso.caches", *MODEL, "--dataset", "pickapic_v2"),
+    "texts": ("pso.texts", *MODEL),
     "tune": ("pso.tune", *MODEL, "--method", "pso_online"),
     "generate": ("eval.generate", *MODEL),
     "score": ("eval.score", *MODEL),
@@ -190,7 +191,7 @@ def one(jobs: Jobs, stage: Stage, folder: Path, case: tuple[int, str]) -> list[s
     """The problems of one fault, in a folder of its own; in every other one the job's files were there before."""
     (call, kind), old = case, case[0] % 2 == 0
     work = shutil.copytree(stage.before, folder / f"{stage.job}-{call}-{kind}", symlinks=True)
-    for path in stage.outputs if old and stage.job != "latents" else []:
+    for path in stage.outputs if old and stage.job not in ("latents", "texts") else []:
         (base_of(work) / path).parent.mkdir(parents=True, exist_ok=True)
         (base_of(work) / path).write_bytes(OLD)
     found = problems(jobs, stage, work, call, kind)

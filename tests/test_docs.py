@@ -215,7 +215,7 @@ def test_the_path_grammar_is_that_of_the_code():
 def paths_of(text: str) -> set[str]:
     """Paths of this repository in code and links."""
     links = re.findall(r"\]\(([^)#\s]+)", text)
-    top = "|".join(re.escape(p.name) for p in ROOT.iterdir() if p.is_dir() and p.name not in (".git", ".venv"))
+    top = "|".join(re.escape(p.name) for p in ROOT.iterdir() if p.is_dir() and p.name not in (".git", ".venv", ".snakemake"))
     found = re.findall(rf"(?<![\w/:.-])((?:{top})/[\w./{{}},*+-]*)", "\n".join([*code_of(text), *links]))
     return {path.rstrip(".,") for path in found} | {link for link in links if "://" not in link}
 
@@ -276,7 +276,7 @@ def committed(folder: Path, *names: str) -> None:
 def test_the_readmes_numbers_are_those_of_the_committed_results(tmp_path):
     tables = [f"tables/{name}.{kind}" for name in readme.SHOWN for kind in ("csv", "diff.json")]
     committed(tmp_path, *(f"results/miniature/{name}" for name in (*tables, "claims.json", "cost.md")))
-    committed(tmp_path, "results/verify_scorers.json")
+    committed(tmp_path, "results/verify_scorers.json", "results/benchmarks/cpu.json")
     contents = readme.blocks(load(), tmp_path / "results" / "miniature")
     assert all(len(content) > 100 for content in contents.values())
     assert text_of("README.md") == readme.fill(text_of("README.md"), contents)

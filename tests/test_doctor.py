@@ -209,15 +209,15 @@ def test_a_small_disk_is_no_go(hub, capsys, monkeypatch):
 
 
 def test_a_disk_for_the_files_alone_is_no_go_because_results_need_more(hub, capsys, monkeypatch, tmp_path):
-    """Latents 560.0, prompt embeddings 75.0, images 137.6, LoRAs 20.5 GB; what is there counts."""
+    """Latents 560.0, text conditions 79.4, images 137.6, LoRAs 20.5 GB; what is there counts."""
     monkeypatch.setattr(machine, "free_bytes", lambda folder: 500 * 10**9)
     code, output = examined(capsys, monkeypatch)
     told = "NO-GO: the disk lacks {} GB for latents, images and LoRAs"
-    assert code == 1 and output.splitlines()[-1] == told.format("293.1")
+    assert code == 1 and output.splitlines()[-1] == told.format("297.5")
     (tmp_path / "results/paper/cache").mkdir(parents=True)
     with open(tmp_path / "results/paper/cache/made", "wb") as file:
         file.truncate(10 * 10**9)  # a sparse file
-    assert examined(capsys, monkeypatch)[1].splitlines()[-1] == told.format("283.1")
+    assert examined(capsys, monkeypatch)[1].splitlines()[-1] == told.format("287.5")
 
 
 def test_a_folder_of_ones_own_is_looked_into(hub, paper, capsys, monkeypatch, tmp_path):
