@@ -106,10 +106,11 @@ def speed_block(found: dict) -> str:
         )
     made = found["generation_and_scoring"]
     speeds = made["pictures_per_s"]
+    cpus, kind = found["hardware"]["cpus"], found["hardware"]["machine"]
     head = (
         f"{found['pairs']} pairs, {found['timesteps']} steps, {found['rounds']} rounds, {found['threads']} threads of "
-        f"{found['hardware']['cpus']} CPUs ({found['hardware']['machine']}); how many times as fast ours is, median of "
-        "ratios within a round; *noise* is ours against itself; counts and memory are ours / as released:"
+        f"{cpus} CPUs ({kind}); how many times as fast ours is, median of ratios within a round; *noise* is ours "
+        "against itself; counts and memory are ours / as released:"
     )
     pictures = (
         f"Pictures generated and scored: {speeds['ours']} per second in batches of {found['pictures']}, "
