@@ -215,9 +215,8 @@ def test_the_path_grammar_is_that_of_the_code():
 def paths_of(text: str) -> set[str]:
     """Paths of this repository in code and links."""
     links = re.findall(r"\]\(([^)#\s]+)", text)
-    top = "|".join(
-        re.escape(p.name) for p in ROOT.iterdir() if p.is_dir() and p.name not in (".git", ".venv", ".snakemake")
-    )
+    own = [p.name for p in ROOT.iterdir() if p.is_dir() and p.name not in (".git", ".venv", ".snakemake")]
+    top = "|".join(map(re.escape, own))
     found = re.findall(rf"(?<![\w/:.-])((?:{top})/[\w./{{}},*+-]*)", "\n".join([*code_of(text), *links]))
     return {path.rstrip(".,") for path in found} | {link for link in links if "://" not in link}
 
