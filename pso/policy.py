@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderTiny, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionXLPipeline
 from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -270,7 +270,6 @@ class Policy:
         if self.masters is not None:
             for name, parameter in self.masters.full.items():
                 parameter.copy_(state[name.replace(f".{ADAPTER}.", ".")])
-            self.masters.refresh()
         result = set_peft_model_state_dict(self.unet, state, adapter_name=ADAPTER)
         if result is not None and result.unexpected_keys:
             raise ValueError(f"LoRA state has unknown keys, the first is {result.unexpected_keys[0]}")
@@ -323,8 +322,7 @@ class Policy:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, H, W] -> uint8 images [B, H, W, 3] on the CPU, rounded as diffusers does."""
-        vae = self.pipeline.vae
-        return _pictures(vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample)
+        return _pictures(self.pipeline.vae, latents)
 
     def preview_by(self, repo: str, vae: AutoencoderTiny) -> None:
         """Have rewards in training and probes look at pictures by this VAE of the repository."""
@@ -335,8 +333,7 @@ class Policy:
         """`decode` for rewards in training and for probes: by the preview VAE, where the model's entry names one."""
         if self.previewed is None:
             return self.decode(latents)
-        vae = self.previewed[1]
-        return _pictures(vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample)
+        return _pictures(self.previewed[1], latents)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -347,9 +344,10 @@ class Policy:
         return tuple((v * vae.config.scaling_factor).float() for v in (posterior.mean, posterior.std))
 
 
-def _pictures(decoded: Tensor) -> Tensor:
-    """A VAE's output [B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3] on the CPU."""
-    unit = (decoded.float() / 2 + 0.5).clamp(0, 1)
+def _pictures(vae: AutoencoderKL | AutoencoderTiny, latents: Tensor) -> Tensor:
+    """Latents [B, C, H, W] -> uint8 [B, H, W, 3] on the CPU."""
+    decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample.float()
+    unit = (decoded / 2 + 0.5).clamp(0, 1)
     return (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
