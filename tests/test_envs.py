@@ -64,7 +64,9 @@ def pip_of(environment):
 def test_every_line_is_a_line_of_the_lock(listed):
     lines = (ENVS / listed).read_text().splitlines()
     assert len(lines) > 40 and len(lines) == len(set(lines))
-    assert not set(lines) - set(LOCK)
+    # by version: what a package is wanted for on which platform differs with who asks for it
+    pinned = {line.partition(" ;")[0] for line in LOCK}
+    assert not {line.partition(" ;")[0] for line in lines} - pinned
 
 
 @pytest.mark.parametrize("listed", LISTS)
