@@ -1,0 +1,53 @@
+"""results/{scale}/report.html: all that came out, on one page that needs no network. No torch.
+
+    python -m eval.report
+
+Made in seconds from what tables, claims, figures and runs left; sections are modules of eval/sections/.
+"""
+
+import argparse
+from pathlib import Path
+
+from markupsafe import Markup
+
+from eval.sections.page import FOLDER, Context, render
+from eval.tables import scale_sentence
+from pso.config import add_arguments, from_arguments
+from pso.paths import RESULTS, scale_dir
+from pso.provenance import atomic, sentences
+
+SECTIONS = ()  # modules of eval/sections (imported by name: their code is part of the rule's), in the order of the page
+
+
+def page(context: Context) -> str:
+    """The whole page."""
+    found = []
+    for module in SECTIONS:
+        html = module.section(context)
+        if html is None:
+            html = Markup("<p>{}</p>").format(module.WHY_NONE)
+        found.append({"id": module.__name__.rpartition(".")[2], "title": module.TITLE, "html": html})
+    style, script = (Markup((FOLDER / f"page.{kind}").read_text()) for kind in ("css", "js"))
+    title = f"PSO-bench: results of scale {context.config.scale}"
+    told = scale_sentence(context.config)
+    return render("page.html", title=title, scale_sentence=told, sections=found, style=style, script=script)
+
+
+def write(context: Context) -> Path:
+    path = scale_dir(context.config.scale, context.results) / "report.html"
+    with atomic(path) as part:
+        part.write_text(page(context))
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    with sentences("report"):
+        print(write(Context(from_arguments(args), args.results)))
+
+
+if __name__ == "__main__":
+    main()

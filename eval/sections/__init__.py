@@ -1,0 +1,1 @@
+"""Sections of report.html, a module and a template each."""
