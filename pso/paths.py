@@ -1,7 +1,8 @@
 """The path grammar of results/ (also printed in results/README.md). Torch-free.
 
 results/{scale}/{task}/{model}/{method}/seed{seed}/          one run; task of a subject: concept/{subject}
-    lora/pytorch_lora_weights.safetensors  run.json  config.yaml  train.jsonl  timeline.jsonl  tune.log  state/
+    lora/pytorch_lora_weights.safetensors  lora/README.md
+    run.json  config.yaml  train.jsonl  timeline.jsonl  tune.log  state/
     images/{eval_set}/steps{n}/shard{k}.parquet
     scores/{eval_set}/steps{n}/{metric}.parquet
 results/{scale}/{task}/{model}/images.json scores.json       all runs of a model and task, all subjects together
@@ -17,6 +18,10 @@ from pathlib import Path
 RESULTS = Path("results")
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 REFERENCE = Path(__file__).resolve().parent.parent / "eval" / "reference"
+CARD_FILES = [  # what a model card is made with beside the code
+    *(Path(__file__).resolve().parent / name for name in ("card.md.j2", "usage.py.j2")),
+    Path(__file__).resolve().parent.parent / "CITATION.cff",
+]
 
 
 def scale_dir(scale: str, results: Path = RESULTS) -> Path:
@@ -39,6 +44,11 @@ def model_dir(scale: str, task: str, model: str, results: Path = RESULTS) -> Pat
 
 def run_dir(scale: str, task: str, model: str, method: str, seed: int, results: Path = RESULTS) -> Path:
     return model_dir(scale, task, model, results) / method / f"seed{seed}"
+
+
+def card_file(run: Path) -> Path:
+    """The model card of a run's LoRA, under the name that the Hub looks for."""
+    return run / "lora" / "README.md"
 
 
 def finished_state(run: Path) -> Path:

@@ -206,7 +206,7 @@ def test_the_path_grammar_is_read(path, made):
 def test_the_path_grammar_is_that_of_the_code():
     run = run_dir("smoke", "preference", "sdxl", "pso", 1)
     model = model_dir("smoke", "preference", "sdxl")
-    names = ("run.json", "config.yaml", "train.jsonl", "tune.log", "state/x", f"lora/{LORA_FILE}")
+    names = ("run.json", "config.yaml", "train.jsonl", "tune.log", "state/x", f"lora/{LORA_FILE}", "lora/README.md")
     paths = [run / name for name in names] + [model / "images.json", model / "scores.json"]
     paths += [images_dir(run, "parti_prompts", 4) / "shard0.parquet", scores_file(run, "parti_prompts", 4, "hf_ratio")]
     assert [str(p) for p in paths if not is_made(str(p))] == []
@@ -380,6 +380,7 @@ def test_the_snakefile_begins_with_every_target_and_every_path_of_the_results():
         "calibrate",
         "leakage",
         "spent",
+        "cards",
     ):
         assert re.search(rf"\b{name}\b", targets), name
     said = text_of("results/README.md")

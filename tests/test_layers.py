@@ -34,6 +34,13 @@ TORCH_FREE = [
         f"pso.{name}"
         for name in (
             "background",
+            "card",
+            "card_metadata",
+            "card_scores",
+            "leaks",
+            "licences",
+            "publish",
+            "usage",
             "campaign",
             "timeline",
             "progress",

@@ -11,7 +11,7 @@ from pso.config import load
 from pso.figures import figure_names
 
 TABLES = ["table1", "table2", "table3", "table4"]
-TARGETS = ["all", "hub", *TABLES, "style", "claims", "figures", "spent"]
+TARGETS = ["all", "hub", *TABLES, "style", "claims", "figures", "spent", "cards"]
 
 
 def test_smoke_makes_every_promised_file(smoke):
@@ -41,6 +41,7 @@ def test_a_run_leaves_its_lora_and_record_and_no_state(smoke):
         assert {"config", "config_digest", "inputs", "versions", "hardware", "code"} <= set(record)
         assert all(len(i["sha256"]) == 64 for i in record["inputs"])
         assert (run_folder / "lora" / "pytorch_lora_weights.safetensors").exists()
+        assert (run_folder / "lora" / "README.md").read_text().startswith("---\nbase_model:\n")
         assert not (run_folder / "state").exists()
 
 
@@ -115,7 +116,7 @@ def test_committed_results_do_not_pass_for_made_ones(smoke, tmp_path, target):
     assert done.returncode == 0 and "rule hub_vae:" in done.stdout + done.stderr
 
 
-TUNE, SCORES, VIEWS = {"tune", "generate"}, {"score"}, {"table", "diff", "judge", "draw"}
+TUNE, SCORES, VIEWS = {"tune", "generate"}, {"score"}, {"table", "diff", "judge", "draw", "cards"}
 CHANGES = [  # settings, rules that have to run again, rules that need not
     ({"scales": {"smoke": {"standin": {"seed": 1}}}}, {"hub_vae", "hub_clip", "hub_data", "hub_teacher"}, set()),
     ({"datasets": {"pickapic_test": {"num_seeds": 2}}}, {"generate"} | SCORES, {"hub_data", "tune"}),
@@ -124,6 +125,7 @@ CHANGES = [  # settings, rules that have to run again, rules that need not
     ({"metrics": {"pick_score": {"module": "eval.metrics.clip_score"}}}, {"tune"} | SCORES, {"hub_vae", "latents"}),
     ({"metrics": {"pick_score": {"decimals": 3}}}, VIEWS, TUNE | SCORES),
     ({"methods": {"pso_offline": {"title": "x"}}}, VIEWS, TUNE | SCORES),
+    ({"repositories": {"tianweiy/DMD2": {"licence": "x"}}}, {"cards"}, TUNE | SCORES | {"table"}),
     ({"methods": {"pso_offline": {"objective": {"beta": 7.0}}}}, TUNE, {"latents"}),
     ({"models": {"sdxl_dmd2": {"vae": None}}}, {"latents"} | TUNE, {"hub_vae"}),
     ({"models": {"sdxl_dmd2": {"grids": {3: [999, 666, 333]}}}}, {"generate"}, {"tune"}),

@@ -1,0 +1,259 @@
+"""A tuned LoRA to the Hugging Face Hub, with its card and record; without --push it is only shown. Torch-free.
+
+    python -m pso.publish RUN [--repo-id user/name] [--private]         what a push would contain; asks no server
+    python -m pso.publish RUN --repo-id user/name --push [--private]    creates the repository and makes one commit
+
+RUN is a run's folder, results/{scale}/{task}/{model}/{method}/seed{seed}. The card that is sent is the one beside the
+LoRA, with the repository's id in its code in place of the folder. What is listed is what is sent: files are read once.
+Nothing is sent of a run that is not finished, of a card that does not tell of these weights, settings and tables, or
+that holds a path, an account or a token of this machine.
+"""
+
+import argparse
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2
+from huggingface_hub import CommitOperationAdd, HfApi, get_token, parse_local_safetensors_file_metadata
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, SafetensorsParsingError
+from huggingface_hub.utils import validate_repo_id
+from tabulate import tabulate
+
+from pso.campaign import Run
+from pso.card import Tuned, text_of, toy, tuned
+from pso.card_metadata import base_models, problems
+from pso.config import ConfigError, add_arguments, load, published
+from pso.entries import Config
+from pso.leaks import leaks
+from pso.licences import inherited, sources
+from pso.paths import LORA_FILE, card_file
+from pso.provenance import UserError, sentences
+
+CARD = "README.md"
+LOG = "train.jsonl"
+LOG_BYTES = 5_000_000  # a longer log is left out, and said to be
+
+
+@dataclass(frozen=True)
+class File:
+    """What is sent: its path in the repository, its bytes, and where they are from."""
+
+    path: str
+    content: bytes
+    source: str
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content).hexdigest()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A push, before it."""
+
+    repo_id: str | None
+    private: bool
+    files: list[File]
+    notes: list[str]
+
+    @property
+    def card(self) -> str:
+        return next(file.content.decode() for file in self.files if file.path == CARD)
+
+
+# ---- what would be sent ----
+
+
+def plan(config: Config, run: Run, results: Path, repo_id: str | None, private: bool) -> Plan:
+    """Everything read and checked; UserError says why a run cannot be published, and what to do."""
+    told = tuned(config, run, results)
+    check_weights(told)
+    files, notes = texts(told)
+    beside = card_file(told.folder)
+    again = f"`snakemake --cores 2 cards --config scale={config.scale}` writes it"
+    if not beside.is_file():
+        raise UserError(f"{beside}, the model card, is not there; {again}.")
+    card, found = beside.read_text(), sources(config, told.model, told.method, told.dataset["repo"])
+    if wrong := problems(card, base_models(found)):
+        raise UserError(f"{beside} {wrong[0]}; {again} anew.")
+    check_leaks({str(beside): card} | {file.source: file.content.decode() for file in files}, repo_id)
+    if card != text_of(config, run, results):
+        raise UserError(
+            f"{beside} does not tell of this LoRA, these settings and these tables, or was edited; {again} anew. Where "
+            "the workflow was given settings, give them here by --set too."
+        )
+    own = card if repo_id is None else text_of(config, run, results, place=repo_id)
+    lora = File(LORA_FILE, told.lora.read_bytes(), str(told.lora))
+    licence = inherited(found)
+    strict = dict.fromkeys(f"{source.repo} ({source.licence})" for source in found if source.non_commercial)
+    notes = [
+        f"licence {licence.id}" + (f", {licence.name}, {licence.link}" if licence.name else ""),
+        *([f"NON-COMMERCIAL by {', '.join(strict)}"] if strict else []),
+        *([f"scale {config.scale}: {toy(config)}"] if toy(config) else []),
+        *notes,
+    ]
+    return Plan(repo_id, private, [lora, File(CARD, own.encode(), str(beside)), *files], notes)
+
+
+def texts(told: Tuned) -> tuple[list[File], list[str]]:
+    """The run's record, settings and log; a note on what is left out."""
+    found, notes = [], []
+    for name in ("run.json", "config.yaml", LOG):
+        path = told.folder / name
+        if name == LOG and (not path.is_file() or path.stat().st_size > LOG_BYTES):
+            size = f"{path.stat().st_size:,} bytes, more than {LOG_BYTES:,}" if path.is_file() else "not there"
+            notes.append(f"left out: {name} ({size})")
+        elif not path.is_file():
+            raise UserError(f"{path} is not there, so the run is not finished; run it again.")
+        else:
+            found.append(File(name, path.read_bytes(), str(path)))
+    sent = {LORA_FILE, CARD}
+    notes += [f"left out: lora/{path.name}" for path in sorted(told.lora.parent.iterdir()) if path.name not in sent]
+    return found, notes
+
+
+def check_weights(told: Tuned) -> None:
+    """safetensors from its head to its last byte, with a LoRA's names and nothing else in it."""
+    path = told.lora
+    try:
+        head = parse_local_safetensors_file_metadata(path)
+    except (SafetensorsParsingError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is not a safetensors file ({reason}); train it anew.") from error
+    with open(path, "rb") as file:
+        begins = 8 + int.from_bytes(file.read(8), "little")
+    ends = max((tensor.data_offsets[1] for tensor in head.tensors.values()), default=0)
+    if path.stat().st_size != begins + ends:
+        raise UserError(f"{path} has {path.stat().st_size} bytes; expected {begins + ends} by its head: train it anew.")
+    strange = sorted(name for name in head.tensors if ".lora_" not in name)
+    if strange or not head.tensors:
+        what = f"a tensor {strange[0]}" if strange else "no tensor"
+        raise UserError(f"{path} holds {what}; expected lora_A and lora_B of layers alone: train it anew.")
+
+
+def check_leaks(found: dict[str, str], repo_id: str | None) -> None:
+    for path, text in found.items():
+        if leak := leaks(text.replace(repo_id, "") if repo_id else text):
+            raise UserError(f"{path} holds {leak[0]}, which is nobody's business; take it out, or train the run anew.")
+
+
+# ---- a run by its folder ----
+
+
+def run_of(folder: Path, scales: list[str]) -> tuple[str, Run, Path]:
+    """Scale, run and results folder by the path grammar; a task with a subject has one folder more."""
+    parts = Path(os.path.abspath(folder)).parts
+    for depth in (1, 2):
+        place = len(parts) - 3 - depth - 1
+        if place < 1 or parts[place] not in scales or not parts[-1].removeprefix("seed").isdigit():
+            continue
+        task = "/".join(parts[place + 1 : place + 1 + depth])
+        run = Run(task, parts[-3], parts[-2], int(parts[-1].removeprefix("seed")))
+        return parts[place], run, Path(os.path.relpath(Path(*parts[:place])))
+    raise ConfigError(
+        f"RUN is {str(folder)!r}; expected the folder of a run, results/{{scale}}/{{task}}/{{model}}/{{method}}/"
+        "seed{seed}, such as results/miniature/preference/sdxl_dmd2/pso_offline/seed0."
+    )
+
+
+def checked_id(repo_id: str | None) -> str | None:
+    if repo_id is None:
+        return None
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ConfigError(f"--repo-id is {repo_id!r}; expected user/name ({str(error).split('. ')[0]}).") from error
+    if repo_id.count("/") != 1:
+        raise ConfigError(f"--repo-id is {repo_id!r}; expected user/name, an account or organisation before the slash.")
+    return repo_id
+
+
+# ---- showing and sending ----
+
+
+def shown(made: Plan, settings: str) -> str:
+    rows = [(file.path, f"{len(file.content):,}", file.sha256, file.source) for file in made.files]
+    kind = "private" if made.private else "public"
+    lines = [
+        f"repository  {made.repo_id or 'none given (--repo-id user/name)'}, a model, {kind}",
+        *made.notes,
+        "",
+        tabulate(rows, headers=("path in the repository", "bytes", "sha256", "from"), disable_numparse=True),
+        "",
+        f"{CARD}:",
+        "",
+        made.card,
+        settings,
+    ]
+    return "\n".join(lines)
+
+
+def push(made: Plan) -> str:
+    """Create the repository where it is not there, and commit exactly the plan's files; the commit's address."""
+    if get_token() is None:
+        raise UserError("there is no token of the Hub; `hf auth login` keeps one, or set HF_TOKEN, then push again.")
+    api = HfApi()
+    said(lambda: api.create_repo(made.repo_id, private=made.private, exist_ok=True), made)
+    there = said(lambda: api.repo_info(made.repo_id), made)
+    if bool(there.private) != made.private:
+        has, asked = ("private", "public") if there.private else ("public", "private")
+        hint = "add --private" if there.private else "leave --private out"
+        raise UserError(
+            f"{made.repo_id} is there already and is {has}, and this push is {asked}; {hint}, change it on the Hub, or "
+            "take another --repo-id. Nothing was sent."
+        )
+    operations = [CommitOperationAdd(file.path, file.content) for file in made.files]
+    message = f"LoRA, card and record of {made.files[0].source.rpartition('/lora/')[0].rpartition('results/')[2]}"
+    return said(lambda: api.create_commit(made.repo_id, operations, commit_message=message), made).commit_url
+
+
+def said(call: Callable, made: Plan):
+    """What the Hub answers, or why it does not, as a sentence."""
+    try:
+        return call()
+    except OfflineModeIsEnabled:
+        raise UserError("HF_HUB_OFFLINE is set, so nothing is sent; unset it, then push again.") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        why = {
+            401: "the token is not valid; `hf auth login` keeps another, or set HF_TOKEN",
+            403: f"the token may not write to {made.repo_id}; take one with write access, or another --repo-id",
+            404: f"{made.repo_id} is not there, or not for this token",
+        }.get(status, error.server_message or "no reason was given")
+        raise UserError(f"the Hub answers {status}: {why}. Then push again.") from error
+    except httpx2.TransportError as error:
+        raise UserError(
+            f"no answer from the Hub ({type(error).__name__}); is there a network, a proxy, a right HF_ENDPOINT? A "
+            "push is one commit, there as a whole or not at all. Push again."
+        ) from error
+    except ValueError as error:  # metadata that the Hub refuses
+        raise UserError(f"the Hub refuses the card: {' '.join(str(error).split())}") from error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument("--repo-id", help="user/name of the repository on the Hub")
+    parser.add_argument("--private", action="store_true", help="the repository is to be private")
+    parser.add_argument("--dry-run", action="store_true", help="show what a push would contain, which is the default")
+    parser.add_argument("--push", action="store_true", help="create the repository and commit; files there stay")
+    args = parser.parse_args()
+    with sentences("publish"):
+        repo_id = checked_id(args.repo_id)
+        if args.push and args.dry_run:
+            raise ConfigError("--push and --dry-run exclude each other; leave one of them out.")
+        if args.push and repo_id is None:
+            raise ConfigError("--push needs --repo-id user/name; nothing is sent to a repository that was not named.")
+        scale, run, results = run_of(args.run, list(published("scales", args.set, args.config_dir)))
+        made = plan(load({**args.set, "scale": scale}, args.config_dir), run, results, repo_id, args.private)
+        print(shown(made, "nothing was sent; --push sends it" if not args.push else "sending ..."))
+        if args.push:
+            print(f"sent: {push(made)}")
+
+
+if __name__ == "__main__":
+    main()
