@@ -265,35 +265,78 @@ def citation() -> tuple[dict, str]:
 def text_of(config: Config, run: Run, results: Path = RESULTS, place: str | None = None) -> str:
     """The card; place: of the LoRA in its code, a folder or a repository of the Hub (default: the run's folder)."""
     told = tuned(config, run, results)
-    sha256 = sha256_of(told.lora)
-    shown = blocks(config, run, results, sha256)
+    shown = blocks(config, run, results, sha256 := sha256_of(told.lora))
     found = sources(config, told.model, told.method, told.dataset["repo"])
-    licence, is_toy = inherited(found), toy(config)
-    title, called = title_of(config, told), instance_prompt(config, told, results)
+    licence, called = inherited(found), instance_prompt(config, told, results)
+    title = title_of(config, told)
     head = metadata(title, found, licence, tags(config, told), eval_results(config, shown), **called)
-    module, first = about(told.method.module)
-    paper, bibtex = citation()
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
-    environment.filters["terms"] = sentence
-    commit, prompt = told.record["code"], called.get("instance_prompt", PROMPTS[is_toy is not None])
-    text = environment.get_template("card.md.j2").render(
-        metadata=head.to_yaml(), title=title, toy=is_toy, what=what(config, told), method=method_title(config, told),
-        module=module, about=first, paper=paper, bibtex=bibtex, lora_file=LORA_FILE, lora_sha256=sha256,
-        lora_bytes=f"{told.lora.stat().st_size:,}", parameters=f"{told.record['lora_parameters']:,}",
-        scale=config.scale, task=run.task, seed=run.seed, commit=commit["commit"],
-        changed=commit["dirty"] is not None, title_of_model=model_title(config, told), steps=told.steps,
-        model=told.model, guidance=guidance(told.model), composition=composition(told), place=place or told.place,
-        call=call(told.model, told.steps, prompt), settings=settings(config, told), counts=counts(told),
-        data=told.method.data, dataset=told.dataset, blocks=shown, reward=told.method.reward,
-        limits=limits(config, told, shown), licence_told=licence_told(licence, found, is_toy is not None),
-        sources=found, local=is_toy is not None, **code(config, told.model, told.steps),
-    )  # fmt: skip
+    is_toy = toy(config) is not None
+    prompt = called.get("instance_prompt", PROMPTS[is_toy])
+    text = (
+        environment()
+        .get_template("card.md.j2")
+        .render(
+            metadata=head.to_yaml(),
+            title=title,
+            toy=toy(config),
+            what=what(config, told),
+            **made_by(config, told),
+            sha256=sha256,
+            composition=composition(told),
+            guidance=guidance(told.model),
+            place=place or told.place,
+            call=call(told.model, told.steps, prompt),
+            settings=settings(config, told),
+            data=told.method.data,
+            dataset=told.dataset,
+            counts=counts(told),
+            blocks=shown,
+            reward=told.method.reward,
+            limits=limits(config, told, shown),
+            licence_told=licence_told(licence, found, is_toy),
+            sources=found,
+            local=is_toy,
+            **code(config, told.model, told.steps),
+        )
+    )
     if wrong := problems(text, base_models(found)):
         raise UserError(f"the card of {told.folder} {wrong[0]}; correct the entries of its model and repositories.")
     return text
+
+
+def environment() -> jinja2.Environment:
+    found = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    found.filters["terms"] = sentence
+    return found
+
+
+def made_by(config: Config, told: Tuned) -> dict:
+    """By which code, from what and into what."""
+    module, first = about(told.method.module)
+    paper, bibtex = citation()
+    made = told.record["code"]
+    return {
+        "method": method_title(config, told),
+        "module": module,
+        "about": first,
+        "paper": paper,
+        "bibtex": bibtex,
+        "file": LORA_FILE,
+        "bytes": f"{told.lora.stat().st_size:,}",
+        "parameters": f"{told.record['lora_parameters']:,}",
+        "run": told.run,
+        "scale": config.scale,
+        "commit": f"{made['commit']}{' with changes' if made['dirty'] else ''}" if made["commit"] else None,
+        "diffusers": told.record["versions"].get("diffusers"),
+        "model": told.model,
+        "steps": told.steps,
+    }
 
 
 def tags(config: Config, told: Tuned) -> list[str]:

@@ -3,6 +3,7 @@
 `RepoCard.validate` of huggingface_hub asks the Hub; what can be said here is said by its parser and by the rules below.
 """
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pso.licences import KNOWN, Licence, Source
@@ -42,7 +43,7 @@ def problems(text: str, bases: list[str]) -> list[str]:
     """What is wrong with a card's metadata, each as the end of a sentence about the card; bases: of the run."""
     try:
         card = ModelCard(text, ignore_metadata_errors=False)
-    except (ValueError, TypeError) as error:  # no YAML, or no model-index
+    except (ValueError, TypeError, yaml.YAMLError) as error:  # no YAML, or no model-index
         return [f"has metadata that huggingface_hub cannot read ({' '.join(str(error).split())[:200]})"]
     data, found = card.data, []
     named = [data.base_model] if isinstance(data.base_model, str) else data.base_model

@@ -96,7 +96,7 @@ def code(config: Config, model: ModelEntry, steps: int) -> dict:
         "downloads": bool(files) and not places.local,
         "safetensors": any(name.endswith(".safetensors") for name in files),
         "unet": places.unet(model.unet) if whole else None,
-        "file": places.file(model.unet.repo, model.unet.file) if model.unet is not None and not whole else None,
+        "state_file": places.file(model.unet.repo, model.unet.file) if model.unet is not None and not whole else None,
         "state": read("file", model.unet.file) if model.unet is not None and not whole else None,
         "deltas": [
             {"plus": places.state(delta), "minus": places.state(one), "scale": delta.scale}

@@ -35,6 +35,7 @@ def write_run(config: Config, results: Path, run: Run = RUN, lora: bool = True) 
         **config.scale_entry.model_dump(include={"dtype", "speed"}),
     }
     record = {"config": settings, "code": {"commit": "0" * 40, "dirty": None}, "data": COUNTS, "lora_parameters": 24}
+    record["versions"] = {"diffusers": "0.42.1"}
     (folder / "lora").mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps(record))
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))

@@ -62,7 +62,9 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer({"url": f"{self.hub.url}/{name}"})
 
     def info(self, name: str) -> None:
-        self.answer({"id": name, "private": self.hub.repos[name], "siblings": []})
+        if name not in self.hub.repos:
+            return self.answer({"error": "Repository not found"}, 404)
+        return self.answer({"id": name, "private": self.hub.repos[name], "siblings": []})
 
     def validate(self) -> None:
         self.answer({"errors": [], "warnings": []})

@@ -1,0 +1,338 @@
+"""Publishing: what is shown is what is sent, byte for byte, and nothing is sent, or asked, unless it is said twice."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cards import RUN, folder_of, write_run, write_tables
+from conftest import ROOT
+from push_hub import PushHub
+
+from pso import leaks as leaks_module
+from pso.campaign import Run
+from pso.card import text_of
+from pso.config import load
+from pso.leaks import leaks
+from pso.paths import LORA_FILE, card_file
+from pso.provenance import UserError
+from pso.publish import LOG_BYTES, plan, run_of
+
+REPO, TOKEN = "somebody/sdxl-dmd2-offline-pso", "hf_" + "x" * 30
+FILES = [LORA_FILE, "README.md", "run.json", "config.yaml", "train.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def paper():
+    return load({"scale": "paper"})
+
+
+@pytest.fixture
+def results(tmp_path, paper) -> Path:
+    """A results folder with one finished run, its card and the tables."""
+    found = tmp_path / "results"
+    folder = write_run(paper, found)
+    write_tables(paper, found)
+    card_file(folder).write_text(text_of(paper, RUN, found))
+    return found
+
+
+@pytest.fixture
+def hub():
+    with PushHub() as found:
+        yield found
+
+
+def publish(hub: PushHub, results: Path, *arguments: str, token: str | None = TOKEN, endpoint: str | None = None):
+    environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and not k.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": endpoint or hub.url, "HF_HOME": str(results.parent / "home"), "NO_PROXY": "*"}
+    environment |= {"HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)} | ({"HF_TOKEN": token} if token else {})
+    run = Path("results/paper/preference/sdxl_dmd2/pso_offline/seed0")
+    command = [sys.executable, "-m", "pso.publish", str(run), *arguments]
+    done = subprocess.run(command, cwd=results.parent, env=environment, capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def listed(output: str) -> dict[str, tuple[int, str]]:
+    """Path -> bytes and sha256 of a printed list."""
+    found = re.findall(r"^(\S+) +([\d,]+) +([0-9a-f]{64}) +\S+$", output, re.MULTILINE)
+    return {path: (int(size.replace(",", "")), sha256) for path, size, sha256 in found}
+
+
+# ---- shown, and sent ----
+
+
+@pytest.mark.parametrize("arguments", [(), ("--dry-run",), ("--repo-id", REPO), ("--repo-id", REPO, "--dry-run")])
+def test_without_push_no_server_is_asked(hub, results, arguments):
+    done = publish(hub, results, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert hub.requests == []
+    assert list(listed(done.stdout)) == FILES
+    assert done.stdout.rstrip().endswith("nothing was sent; --push sends it")
+    folder = results / "paper/preference/sdxl_dmd2/pso_offline/seed0"
+    for path, (size, sha256) in listed(done.stdout).items():
+        if path != "README.md":
+            content = (folder / ("lora" if path == LORA_FILE else "") / path).read_bytes()
+            assert (len(content), hashlib.sha256(content).hexdigest()) == (size, sha256)
+
+
+def test_what_arrives_is_what_was_listed_byte_for_byte(hub, results):
+    dry, sent = publish(hub, results, "--repo-id", REPO), publish(hub, results, "--repo-id", REPO, "--push")
+    assert sent.returncode == 0, sent.stderr
+    assert listed(sent.stdout) == listed(dry.stdout) and len(hub.commits) == 1 and hub.repos == {REPO: False}
+    arrived = hub.files[REPO]
+    found = {path: (len(content), hashlib.sha256(content).hexdigest()) for path, content in arrived.items()}
+    assert found == listed(dry.stdout)
+    card = arrived["README.md"].decode()
+    assert f"\n{card}\n" in dry.stdout  # the whole text was shown
+    beside = (results / "paper/preference/sdxl_dmd2/pso_offline/seed0/lora/README.md").read_text()
+    place = 'load_lora_weights("results/paper/preference/sdxl_dmd2/pso_offline/seed0/lora")'
+    assert place in beside and card == beside.replace(place, f'load_lora_weights("{REPO}")')
+    assert hub.commits == ["LoRA, card and record of paper/preference/sdxl_dmd2/pso_offline/seed0"]
+    assert hub.tokens == {f"Bearer {TOKEN}", None} and sent.stdout.rstrip().endswith(f"/{REPO}/commit/{'1' * 40}")
+    assert TOKEN not in sent.stdout + sent.stderr + card
+
+
+def test_a_second_push_is_a_second_commit_and_private_stays_private(hub, results):
+    for _ in range(2):
+        assert publish(hub, results, "--repo-id", REPO, "--push", "--private").returncode == 0
+    assert hub.repos == {REPO: True} and len(hub.commits) == 2
+    done = publish(hub, results, "--repo-id", REPO, "--push")
+    assert done.returncode == 1 and f"{REPO} is there already and is private, and this push is public" in done.stderr
+    assert len(hub.commits) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--push",), "--push needs --repo-id user/name"),
+        (("--push", "--dry-run", "--repo-id", REPO), "--push and --dry-run exclude each other"),
+        (("--push", "--repo-id", "alone"), "--repo-id is 'alone'; expected user/name"),
+        (("--push", "--repo-id", "a b/c"), "--repo-id is 'a b/c'; expected user/name"),
+    ],
+)
+def test_a_push_that_was_not_fully_asked_for_asks_no_server(hub, results, arguments, named):
+    done = publish(hub, results, *arguments)
+    assert done.returncode == 1 and done.stderr.startswith(f"publish: {named}"), done.stderr
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("refuse", "named"),
+    [
+        ({"repos/create": (401, {"error": "Invalid credentials"})}, "the Hub answers 401: the token is not valid"),
+        ({"repos/create": (403, {"error": "Forbidden"})}, f"answers 403: the token may not write to {REPO}"),
+        ({"commit/main": (403, {"error": "Forbidden"})}, "answers 403"),
+        ({"validate-yaml": (400, {"errors": [{"message": "license is wrong"}]})}, "refuses the card: Invalid metadata"),
+        ({"objects/batch": (413, {"error": "too large"})}, "answers 413: too large"),
+    ],
+)
+def test_a_refusal_of_the_hub_is_one_sentence_and_nothing_is_committed(hub, results, refuse, named):
+    hub.refuse = refuse
+    done = publish(hub, results, "--repo-id", REPO, "--push")
+    assert done.returncode == 1 and named in done.stderr.splitlines()[-1], done.stderr
+    assert hub.files.get(REPO, {}) == {}
+
+
+def test_no_token_and_no_network_are_sentences(hub, results):
+    done = publish(hub, results, "--repo-id", REPO, "--push", token=None)
+    assert done.returncode == 1 and "there is no token of the Hub; `hf auth login` keeps one" in done.stderr
+    assert hub.requests == []
+    done = publish(hub, results, "--repo-id", REPO, "--push", endpoint="http://127.0.0.1:9")
+    assert done.returncode == 1 and "no answer from the Hub (ConnectError)" in done.stderr
+
+
+# ---- refused ----
+
+
+def card_text(change):
+    def spoil(folder: Path) -> None:
+        path = card_file(folder)
+        text = path.read_text()
+        assert (changed := change(text)) != text
+        path.write_text(changed)
+
+    return spoil
+
+
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def added(name, text):
+    return lambda folder: (folder / name).write_text((folder / name).read_text() + text)
+
+
+def lora_bytes(change):
+    def spoil(folder: Path) -> None:
+        path = folder / "lora" / LORA_FILE
+        path.write_bytes(change(path.read_bytes()))
+
+    return spoil
+
+
+def new_scores(folder: Path) -> None:
+    path = folder.parents[3] / "tables/table1.csv"
+    path.write_text(re.sub(r"(?m)(Offline-PSO w/ SDXL-DMD2,sdxl_dmd2,pso_offline,)\d", r"\g<1>9", path.read_text()))
+
+
+def pickled(_: bytes) -> bytes:
+    return b"\x80\x04}q\x00."
+
+
+def other_tensor(content: bytes) -> bytes:
+    return content.replace(b"to_q.lora_A.weight", b"to_q.whole_.weight")
+
+
+LEAK = "# x\n\nit lay in /" + "home/me/results\n"
+REFUSED = [
+    (without("run.json"), r"run\.json is not there, so the run is not finished; `python -m pso\.tune"),
+    (without("config.yaml"), r"config\.yaml is not there, so the run is not finished"),
+    (without(f"lora/{LORA_FILE}"), r"safetensors is not there, so the run is not finished; `python -m pso\.tune"),
+    (without("lora/README.md"), r"README\.md, the model card, is not there; `snakemake --cores 2 cards"),
+    (card_text(lambda t: t.replace("license: other\n", "")), r"has license None; expected one of"),
+    (card_text(lambda t: re.sub(r"license_link: .*\n", "", t)), r"without license_name and a license_link"),
+    (
+        card_text(lambda t: t.replace("- tianweiy/DMD2\n", "- runwayml/other\n", 1)),
+        r"has base_model \[.*runwayml/other",
+    ),
+    (card_text(lambda t: t.replace("# Offline-PSO", f"{LEAK}# Offline-PSO", 1)), r"holds an absolute path, /home/me"),
+    (
+        card_text(lambda t: t.replace("| updates | 5,000 |", "| updates | 6,000 |")),
+        r"does not tell of this LoRA, these settings and these tables",
+    ),
+    (new_scores, r"does not tell of this LoRA, these settings and these tables"),
+    (lora_bytes(lambda b: b[:-2] + b"\x01\x02"), r"does not tell of this LoRA"),
+    (lora_bytes(pickled), r"is not a safetensors file"),
+    (lora_bytes(lambda b: b[:-8]), r"has \d+ bytes; expected \d+ by its head"),
+    (lora_bytes(lambda b: b + b"more"), r"has \d+ bytes; expected \d+ by its head"),
+    (lora_bytes(other_tensor), r"holds a tensor unet.*whole_.weight; expected lora_A and lora_B"),
+    (added("config.yaml", "folder: /" + "data/me/x\n"), r"config\.yaml holds an absolute path, /data/me/x"),
+    (added("train.jsonl", '{"by": "me@example.org"}\n'), r"train\.jsonl holds a mail address, me@example\.org"),
+    (added("config.yaml", f"token: {TOKEN}\n"), r"config\.yaml holds a token, hf_xxx\.\.\., which"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "named"), REFUSED, ids=[str(i) + named[:24] for i, (_, named) in enumerate(REFUSED)])
+def test_what_must_not_be_published_is_refused_with_a_reason(results, paper, spoil, named):
+    assert plan(paper, RUN, results, REPO, False).files  # as it is, it may
+    spoil(folder_of(paper, results))
+    with pytest.raises(UserError, match=named):
+        plan(paper, RUN, results, REPO, False)
+
+
+def test_a_card_made_with_other_settings_is_stale_and_accepted_with_them(results, paper):
+    with pytest.raises(UserError, match="give them here by --set"):
+        plan(load({"scale": "paper", "tables": ["table2"]}), RUN, results, REPO, False)
+
+
+# ---- notes ----
+
+
+def test_what_restricts_and_what_is_left_out_is_said(results, paper):
+    folder = folder_of(paper, results)
+    (folder / "lora" / "other.bin").write_bytes(b"1")
+    (folder / "train.jsonl").write_text("x" * (LOG_BYTES + 1))
+    made = plan(paper, RUN, results, REPO, False)
+    assert [file.path for file in made.files] == FILES[:-1]
+    assert made.notes == [
+        "licence other, creativeml-open-rail++-m-and-cc-by-nc-4.0-family, https://huggingface.co/tianweiy/DMD2",
+        "NON-COMMERCIAL by tianweiy/DMD2 (CC BY-NC 4.0 family)",
+        "left out: train.jsonl (5,000,001 bytes, more than 5,000,000)",
+        "left out: lora/other.bin",
+    ]
+
+
+def test_a_toy_is_called_one(tmp_path):
+    config = load({"scale": "smoke"})
+    folder = write_run(config, tmp_path)
+    write_tables(config, tmp_path)
+    card_file(folder).write_text(text_of(config, RUN, tmp_path))
+    assert any(note.startswith("scale smoke: It was trained on stand-ins") for note in
+               plan(config, RUN, tmp_path, None, False).notes)  # fmt: skip
+
+
+# ---- a run's folder ----
+
+
+def test_a_run_is_told_by_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scales = ["smoke", "paper"]
+    assert run_of(Path("results/paper/preference/sdxl/sft/seed3"), scales) == (
+        "paper",
+        Run("preference", "sdxl", "sft", 3),
+        Path("results"),
+    )
+    (tmp_path / "a/smoke/concept/cat/sdxl/pso/seed0").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a/smoke/concept/cat/sdxl/pso/seed0")
+    scale, run, results = run_of(Path("."), scales)
+    assert (scale, run, results.resolve()) == ("smoke", Run("concept/cat", "sdxl", "pso", 0), tmp_path / "a")
+    for wrong in ("results/paper/preference/sdxl/sft", "results/none/preference/sdxl/sft/seed0", "seed0"):
+        with pytest.raises(UserError, match="expected the folder of a run, results/"):
+            run_of(Path(wrong), scales)
+
+
+# ---- leaks ----
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "see https://huggingface.co/tianweiy/DMD2 and results/{scale}/tables/x.csv",
+        "spo_training_and_inference/assets/prompts/4k.json, and/or 1/2, N/A",
+        "[x](https://github.com/a/b) `pso/card.py` (eval/reference/table1.csv)",
+        "sha256 " + "ab" * 32,
+        json.dumps({"files": "data/train-*.parquet", "a": "a - /b"}),
+    ],
+)
+def test_what_a_card_says_is_no_leak(text):
+    assert leaks(text) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('"/' + 'home/me/x"', "an absolute path"),
+        ("- /" + "mnt/data/x", "an absolute path"),
+        ("(/" + "scratch/me/)", "an absolute path"),
+        ("~/" + "models/x", "a path of a home"),
+        ("C:\\" + "Users\\me", "a path of a home"),
+        ("file://x", "a path of a home"),
+        ("write to me@example.org", "a mail address"),
+        ("token: hf_" + "a" * 30, "a token"),
+        ("ghp_" + "a" * 36, "a token"),
+    ],
+)
+def test_every_kind_of_leak_is_seen(text, named):
+    assert leaks(text) and leaks(text)[0].startswith(named)
+
+
+def test_host_account_and_the_token_of_the_login_are_seen(monkeypatch):
+    monkeypatch.setattr(leaks_module.platform, "node", lambda: "node7")
+    monkeypatch.setattr(leaks_module.getpass, "getuser", lambda: "mmiller")
+    monkeypatch.setattr(leaks_module, "get_token", lambda: "secret")
+    text = "made on node7 by mmiller with secret"
+    assert [leak.partition(",")[0] for leak in leaks(text)] == [
+        "the token of the Hub that is logged in here",
+        "this machine's name",
+        "the name of this account",
+    ]
+    assert leaks("node77 and mmillers") == []
+    monkeypatch.setattr(leaks_module.getpass, "getuser", lambda: "root")  # says nothing of anybody
+    assert leaks("root of the tree") == []
+
+
+def test_the_repositorys_own_id_is_no_leak_of_an_account(results, paper, monkeypatch):
+    monkeypatch.setattr(leaks_module.getpass, "getuser", lambda: "somebody")
+    assert REPO in plan(paper, RUN, results, REPO, False).card
+
+
+def test_a_run_made_by_the_workflow_may_be_published(smoke):
+    config, results = load({"scale": "smoke"}), smoke / "results"
+    made = plan(config, RUN, results, REPO, False)
+    assert [file.path for file in made.files] == FILES
