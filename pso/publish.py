@@ -11,6 +11,7 @@ that holds a path, an account or a token of this machine.
 
 import argparse
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -229,6 +230,8 @@ def said(call: Callable, made: Plan):
             f"no answer from the Hub ({type(error).__name__}); is there a network, a proxy, a right HF_ENDPOINT? A "
             "push is one commit, there as a whole or not at all. Push again."
         ) from error
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError("the answer is none of a Hub's; is HF_ENDPOINT right? Then push again.") from error
     except ValueError as error:  # metadata that the Hub refuses
         raise UserError(f"the Hub refuses the card: {' '.join(str(error).split())}") from error
 

@@ -57,7 +57,7 @@ class Handler(BaseHTTPRequestHandler):
         told = json.loads(self.body)
         name = f"{told['organization']}/{told['name']}" if told.get("organization") else told["name"]
         if name in self.hub.repos:
-            return self.answer({"error": "You already created this model repo"}, 409)
+            return self.answer({"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}, 409)
         self.hub.repos[name] = told.get("private", told.get("visibility") == "private")
         return self.answer({"url": f"{self.hub.url}/{name}"})
 

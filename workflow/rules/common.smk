@@ -1,21 +1,12 @@
 # Look-ups only. Everything about models, methods and tables comes from pso.config, which is torch-free.
 
-from pso.campaign import runs
 from pso.checks import PAIRS
 from pso.config import job_environment, load
 from pso.entries import UNTUNED
 from pso.figures import figure_names
 from pso.params import model_params, run_modules, run_params, scorer_params
-from pso.paths import (
-    CARD_FILES,
-    LORA_FILE,
-    card_file,
-    manifest,
-    model_dir,
-    reference_file,
-    run_dir,
-)
-from pso.provenance import UserError, fingerprint, sha256_of
+from pso.paths import LORA_FILE, manifest, model_dir, reference_file
+from pso.provenance import UserError, fingerprint
 from pso.resources import Needs
 from pso.runs import calibrated, calibrations, jobs, metrics, where_results_lie
 from pso.steps import Steps, slug
@@ -80,13 +71,6 @@ VIEWED = {
     "scale_entry": {"caption", "bootstrap_resamples", "eval_seed"},
 }
 VIEW = CONFIG.model_dump(include=VIEWED)
-
-# what model cards tell beside that: how models are called, where data lies and on what terms all of it is published
-NAMED = {
-    "models": {"__all__": {"title"}},
-    "datasets": {"__all__": {"repo"}},
-    "repositories": {"__all__": {"licence", "non_commercial", "source", "variant"}},
-}
 
 
 # ---- resources
