@@ -220,6 +220,8 @@ def limits(config: Config, told: Tuned, shown: list[Block]) -> list[str]:
     found += list(dict.fromkeys(line for block in shown for line in block.dropped))
     diverse = [line for block in shown if (line := block.diversity())]
     found += diverse or ["Whether it draws fewer different pictures of a prompt was not measured."]
+    if config.scale_entry.dtype != "float32":
+        found.append(f"Scores are of pictures drawn in {config.scale_entry.dtype}; the code above loads float16.")
     if told.method.reward is not None:
         title = config.metrics[told.method.reward].title
         found.append(f"It was trained to score high by {title}, and may exploit what that judge cannot see.")
