@@ -26,7 +26,7 @@ TORCH_FREE = [
     *(
         f"eval.{name}"
         for name in (
-            *("stats", "scores", "tables", "compare", "claims", "figures", "grids", "curves", "cost", "readme"),
+            *("stats", "scores", "tables", "diff", "claims", "figures", "grids", "curves", "cost", "readme"),
             *("paper", "untuned", "calibrate", "run_notes"),
         )
     ),

@@ -126,7 +126,7 @@ def comparable(config: Config) -> bool:
     return config.scale == "paper"
 
 
-def compare(config: Config, results: Path, name: str) -> dict:
+def diff(config: Config, results: Path, name: str) -> dict:
     """The content of {table}.diff.json."""
     table, reference = table_entry(config, name), load_reference(name)
     unlisted = sorted(set(reference["label"]) - {row.label for row in table.rows})
@@ -234,7 +234,7 @@ def _cell_line(config: Config, entry: dict) -> list[str]:
 
 
 def write(config: Config, results: Path, name: str) -> dict:
-    found = compare(config, results, name)
+    found = diff(config, results, name)
     folder = paths.scale_dir(config.scale, results) / "tables"
     with atomic(folder / f"{name}.diff.md") as part:
         part.write_text(to_markdown(config, found))
@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=paths.RESULTS, help="folder of all results")
     add_arguments(parser)
     args = parser.parse_args()
-    with sentences("eval.compare"):
+    with sentences("eval.diff"):
         config = from_arguments(args)
         found = write(config, args.results, args.table)
         print(summary(found))

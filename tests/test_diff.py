@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from synthetic import ROWS, config, frame, metric, scores_path, table, write_scores
 
-from eval.compare import base_label, compare, compare_cell, summary, to_markdown, write
+from eval.diff import base_label, compare_cell, diff, summary, to_markdown, write
 from eval.paper import load_reference
 from pso.entries import Row
 from pso.paths import run_dir, scores_file
@@ -48,7 +48,7 @@ def verdicts(found: dict) -> dict:
 def test_verdicts(tmp_path):
     noise = np.random.default_rng(0).normal(0, 0.01, 60)
     cfg = tree(tmp_path, {OFFLINE.label: 0.01, ONLINE.label: noise - noise.mean()})
-    found = verdicts(compare(cfg, tmp_path, "table1"))
+    found = verdicts(diff(cfg, tmp_path, "table1"))
     assert len(found) == 12 * 4 * 2  # every row but the base, every column, both sets
     assert found["pickapic_test", OFFLINE.label, "pick_score"] == "agrees"
     assert found["pickapic_test", OFFLINE.label, "clip_score"] == "agrees"
@@ -57,7 +57,7 @@ def test_verdicts(tmp_path):
     assert found["pickapic_test", OFFLINE.label, "aesthetic_score"] == "missing: no weights"
     assert found["parti_prompts", "SDXL-SPO", "pick_score"] == "missing: not built yet"
     cfg = tree(tmp_path, {OFFLINE.label: -0.01, ONLINE.label: 0.01})
-    found = verdicts(compare(cfg, tmp_path, "table1"))
+    found = verdicts(diff(cfg, tmp_path, "table1"))
     assert found["parti_prompts", OFFLINE.label, "pick_score"] == "disagrees"
     assert found["pickapic_test", ONLINE.label, "clip_score"] == "disagrees"  # the paper: .3671 below .3679
     assert found["parti_prompts", ONLINE.label, "clip_score"] == "agrees"
@@ -71,7 +71,7 @@ def test_equal_numbers_in_the_paper_give_no_direction(tmp_path):
         for name in ("pick_score", "clip_score"):
             scores = frame(UNTUNED_ROW, eval_set, name).assign(score=lambda f: f["score"] + 0.05)
             write_scores(scores_path(cfg, tmp_path, teacher, eval_set, name), scores, teacher, eval_set, name)
-    found = compare(cfg, tmp_path, "table1")
+    found = diff(cfg, tmp_path, "table1")
     entry = next(e for e in found["directions"] if (e["eval_set"], e["label"], e["metric"])
                  == ("parti_prompts", "SDXL", "clip_score"))  # fmt: skip
     assert (entry["paper"], entry["verdict"]) == ("equal", "inconclusive")  # .3607 and .3607
@@ -96,7 +96,7 @@ def test_no_number_is_held_against_the_papers_outside_scale_paper(tmp_path, scal
 
 def test_a_cell_says_what_is_ours_and_the_papers(tmp_path):
     cfg = tree(tmp_path, {OFFLINE.label: 0.01})
-    found = compare(cfg, tmp_path, "table1")
+    found = diff(cfg, tmp_path, "table1")
     (entry,) = [e for e in found["cells"] if (e["eval_set"], e["label"], e["metric"])
                 == ("parti_prompts", OFFLINE.label, "pick_score")]  # fmt: skip
     by_hand = 100 * (frame(UNTUNED_ROW, "parti_prompts", "pick_score")["score"] + 0.01).mean()
@@ -109,7 +109,7 @@ def test_a_cell_says_what_is_ours_and_the_papers(tmp_path):
 
 def test_every_direction_is_in_the_text(tmp_path):
     cfg = tree(tmp_path, {OFFLINE.label: 0.01})
-    found = compare(cfg, tmp_path, "table1")
+    found = diff(cfg, tmp_path, "table1")
     text = to_markdown(cfg, found)
     for label in {entry["label"] for entry in found["directions"]}:
         assert label in text
@@ -125,7 +125,7 @@ def cell(printed: str, decimals: int, label: str = OFFLINE.label):
 
 
 class Given:
-    """Stands for compare.Reader: one made-up row."""
+    """Stands for eval.diff.Reader: one made-up row."""
 
     def __init__(self, scores):
         self.table, self.scores = paper_table(), scores
@@ -157,7 +157,7 @@ def test_tolerance_by_hand():
 
 def test_scale_paper_compares_cells(tmp_path):
     cfg = tree(tmp_path, {}, scale="paper")
-    found = compare(cfg, tmp_path, "table1")
+    found = diff(cfg, tmp_path, "table1")
     assert found["comparable"] and len(found["cells"]) == 104
     for entry in [e for e in found["cells"] if e["ours"] is not None]:
         assert entry["difference"] == pytest.approx(entry["ours"] - float(entry["paper"]))
@@ -211,7 +211,7 @@ def test_table_3_has_one_eval_set_and_its_own_columns(tmp_path, scale, verdict):
             run = run_dir(scale, "concept", row.model, row.method, 0, tmp_path)
             write_scores(scores_file(run, "dreambooth_prompts", row.steps, name), scores, row,
                          "dreambooth_prompts", name)  # fmt: skip
-    found = compare(cfg, tmp_path, "table3")
+    found = diff(cfg, tmp_path, "table3")
     assert [(e["label"], e["base"], e["metric"], e["paper"], e["verdict"]) for e in found["directions"]] == [
         ("Dreambooth w/ SDXL", "SDXL-Turbo", "clip_t", "below", "disagrees"),
         ("Dreambooth w/ SDXL", "SDXL-Turbo", "dino", "above", "agrees"),
@@ -230,4 +230,4 @@ def test_refusals(tmp_path):
         load_reference("table5")
     short = config(table_entries={"table1": table()})
     with pytest.raises(UserError, match="tables.table1.rows lacks .*SDXL-SPO.* of the paper's table"):
-        compare(short, tmp_path, "table1")
+        diff(short, tmp_path, "table1")
