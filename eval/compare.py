@@ -60,10 +60,10 @@ def compare(configs: dict[str, Config], a: Tree, b: Tree, skip: bool = False, de
         "config": changes(a, b),
         "left_out": {"cells": len(cells.left_out), "because": groups},
         "despite": grouped(cells.despite, cells.rows),
-        "unchecked": [
-            {"what": what, "cells": len(keys), "tables": list(dict.fromkeys(key[0] for key in keys))}
-            for what, keys in cells.unchecked.items()
-        ],
+        "unchecked": {
+            kind: {"what": list(found), "cells": len(set().union(*found.values()))}
+            for kind, found in cells.unchecked.items()
+        },
         "stale": cells.stale,
     }
 

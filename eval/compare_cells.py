@@ -47,7 +47,7 @@ class Cells:
         self.entries: list[dict] = []
         self.hindered: list[tuple[Key, Obstacle]] = []
         self.despite: list[tuple[Key, Obstacle]] = []  # compared all the same
-        self.unchecked: dict[str, list[Key]] = {}
+        self.unchecked: dict[str, dict[str, set[Key]]] = {"scorer": {}, "protocol": {}}
         self.stale: list[str] = []
         self.in_neither = 0
         for key, left, right in self._places():
@@ -86,8 +86,8 @@ class Cells:
             elif found:
                 self.hindered += found
                 return
-            for what in unchecked(key[3], key[1], a.told, b.told):
-                self.unchecked.setdefault(what, []).append(key)
+            for kind, what in unchecked(key[3], key[1], a.told, b.told):
+                self.unchecked[kind].setdefault(what, set()).add(key)
         entry = dict(zip(("table", "eval_set", "label", "metric"), key, strict=True))
         for name, side, line in (("a", a, left), ("b", b, right)):
             entry[name] = None if side is None else {"value": side.value, "interval": list(side.interval)}

@@ -101,11 +101,12 @@ def obstacles(metric: str, a: Told, b: Told) -> list[Obstacle]:
     return found + [Obstacle("protocol", field, a.protocol[field], b.protocol[field]) for field in differing]
 
 
-def unchecked(metric: str, eval_set: str, a: Told, b: Told) -> list[str]:
-    """What one of the trees, or both, does not tell."""
-    found = [f"scorer of {metric}"] if a.spec is None or b.spec is None else []
-    fields = [f"{eval_set}: eval seed", f"{eval_set}: prompt ids", *SAMPLING, "grid"]
-    return found + [field for field in fields if field not in a.protocol or field not in b.protocol]
+def unchecked(metric: str, eval_set: str, a: Told, b: Told) -> list[tuple[str, str]]:
+    """What one of the trees, or both, does not tell: ("scorer", metric) or ("protocol", field)."""
+    fields = {"eval seed": f"{eval_set}: eval seed", "prompt ids": f"{eval_set}: prompt ids"}
+    fields |= {field: field for field in (*SAMPLING, "grid")}
+    found = [("scorer", metric)] if a.spec is None or b.spec is None else []
+    return found + [("protocol", n) for n, at in fields.items() if at not in a.protocol or at not in b.protocol]
 
 
 # ---- in words ----

@@ -130,12 +130,13 @@ def notes(found: dict) -> list[str]:
         return [*found["notes"], *(f"Claims: {line}" for line in found["claims"]["missing"])]
     told = [*found["directions"]["missing"], *found["claims"]["missing"], *found["config"]["missing"]]
     told += [f"Left out: {sentence(group)}." for group in found["left_out"]["because"]]
-    told += [f"Compared despite {sentence(group)}." for group in found["despite"]]
-    by_cells = grouped(((entry["cells"], tuple(entry["tables"])), entry["what"]) for entry in found["unchecked"])
-    for (cells, tables), what in by_cells.items():
-        told.append(
-            f"Could not be checked for {cells} cells of {listed(tables)}, as A or B does not tell: {', '.join(what)}."
-        )
+    if despite := [group["what"].removeprefix("scorer of ") for group in found["despite"]]:
+        told.append(f"Compared although the code of the scorer is another: {listed(despite)} (--json has the hashes).")
+    for kind, entry in found["unchecked"].items():
+        if entry["what"]:
+            told.append(
+                f"A or B does not tell the {kind}, so not checked in {entry['cells']} cells: {listed(entry['what'])}."
+            )
     return [*told, *(f"Out of date, {line}" for line in found["stale"])]
 
 

@@ -27,7 +27,7 @@ TORCH_FREE = [
         f"eval.{name}"
         for name in (
             *("stats", "scores", "tables", "diff", "claims", "figures", "grids", "curves", "cost", "readme"),
-            *("paper", "untuned", "calibrate", "run_notes", "compare", "compare_text"),
+            *("paper", "untuned", "calibrate", "run_notes", "compare"),
         )
     ),
     *(
