@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from eval.compare import (
+from eval.diff import (
     DIRECTION_HEAD,
     NOT_COMPARABLE,
     Reader,

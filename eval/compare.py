@@ -1,259 +1,173 @@
-"""A table against the paper: a paragraph, directions, cells. No torch.
+"""Two trees of results side by side, or one against the paper: what differs, and what differs in how it was made.
 
-Direction: is a row above or below its base row (the untuned row of the distilled model)? The paper's
-comes from its printed numbers, ours from the paired difference and its 95 % interval.
-Cell: the paper's number beside ours; only at scale `paper` is their difference taken.
+    python -m eval.compare A B [--tables table1 ...] [--out FILE.html] [--json FILE] [--fail-on verdicts]
+
+A and B: the folder of a scale (results/miniature), of all results (results, with --scale where it holds several), or
+the word `paper` (eval/reference). Trees that hold only tables, diffs and claims will do. Differences are B - A.
+
+Refused is what was not measured alike: other scorers, other prompts, noise or sampling. Exit code: 0 no difference of
+the kind that --fail-on names, 1 there is one, 2 not comparable, or another error. No torch.
 """
 
 import argparse
-from collections import Counter
-from collections.abc import Callable
+import json
+import signal
+import sys
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
+from eval.compare_cells import HIGHER, LOWER, ONLY_A, ONLY_B, Cells, section
+from eval.compare_config import changes
+from eval.compare_paper import DISAGREES, against_paper
+from eval.compare_same import DESPITE_CODE, SKIP, grouped, refusal
+from eval.compare_text import to_html, to_text
+from eval.compare_trees import Tree, folder_of, names_of, read_tree
+from eval.compare_verdicts import claims, directions
+from eval.scores import metric_title
+from eval.tables import decimals
+from pso.config import CONFIG_DIR, load
+from pso.entries import Config
+from pso.provenance import UserError, atomic, sentences
 
-from eval.paper import DOUBTFUL, load_reference
-from eval.prose import paragraph
-from eval.scores import Scores, find_row, metric_title, pair, read_scores, table_entry, units
-from eval.stats import mean_interval, paired_difference, prompt_means
-from eval.tables import DASH, digits, scale_sentence
-from eval.untuned import off, warning
-from pso import paths
-from pso.config import add_arguments, from_arguments
-from pso.entries import UNTUNED, Config, Row, TableEntry
-from pso.provenance import UserError, atomic, sentences, write_json
-from pso.runs import metric_missing
-
-TEACHER = "sdxl"  # the undistilled model: its rows are no base
-VERDICTS = ("agrees", "disagrees", "inconclusive")
-CELL_VERDICTS = ("same", "higher", "lower")
-NOT_COMPARABLE = "not comparable"
-NOT_MEASURED = ("missing", "not measured")  # how the verdict on what has no number begins
-DIRECTION_HEAD = ["Row", "Base", "Column", "Paper", "Ours", "95 % interval", "Verdict"]
-RULE = """\
-Base of a row: the untuned row of the distilled model (of the same model and steps where the table has several).
-*agrees*: the 95 % interval of our paired difference to the base (bootstrap over prompts) lies on the paper's side of 0;
-*disagrees*: on the other side; *inconclusive*: it holds 0, or the paper prints equal numbers.
-Of a table with subjects a mean is that of the subjects' means, and the bootstrap is over subjects where there are at
-least 10, else over prompts within them.
-The intervals are not corrected for their number (claims.md is), and the paper prints neither intervals nor seeds: a
-small difference of its own may be noise."""
-CELL_RULE = """\
-*same*: |ours - paper| <= 2 SE + half a unit of the last printed digit, with SE the standard error of our mean over
-prompts; else *higher* or *lower*. The interval is that of our mean."""
-NO_CELL_RULE = """\
-*not comparable*: only scale `paper` has the paper's models, training and judges, so no difference is taken here. The
-paper's number stands beside ours to be found, not to be compared. The interval is that of our mean."""
+PAPER = "paper"
+NOTHING, VERDICTS, CELLS, ANYTHING = KINDS = ("nothing", "verdicts", "cells", "anything")
+NOT_COMPARABLE = 2
 
 
-def base_label(reference: pd.DataFrame, label: str) -> str:
-    """The row that `label` is compared with."""
-    rows = reference.drop_duplicates("label").set_index("label")
-    own = rows.loc[label]
-    bases = rows[(rows["method"] == UNTUNED) & (rows["model"] != TEACHER)]
-    fit = 2 * (bases["steps"] == own["steps"]) + (bases["model"] == own["model"])
-    return str(fit.idxmax())  # the first of equals
+def compare(configs: dict[str, Config], a: Tree, b: Tree, skip: bool = False, despite_code: bool = False) -> dict:
+    """Two trees; configs: scale -> the configuration at hand, for titles, units and where scores lie.
+
+    skip: leave out what was not measured alike; despite_code: a scorer's code alone does not count as that.
+    """
+    if not set(a.tables) & set(b.tables):
+        raise UserError(f"A has {', '.join(a.tables)} and B {', '.join(b.tables)}: no table that both have.")
+    cells = Cells(configs, a, b, despite_code)
+    groups = grouped(cells.hindered, cells.rows)
+    if groups and not skip:
+        raise refusal(groups, len(cells.left_out), cells.total)
+    columns = {}
+    for tree in (a, b):
+        for table in tree.tables:
+            columns |= _columns(configs[tree.scale], table, tree.metrics(table))
+    return {
+        "schema_version": 1,
+        "kind": "trees",
+        "a": _about(a),
+        "b": _about(b),
+        "columns": columns,
+        "directions": directions(a, b, cells.left_out),
+        "claims": claims(a, b, cells.left_out),
+        "cells": section(cells),
+        "config": changes(a, b),
+        "left_out": {"cells": len(cells.left_out), "because": groups},
+        "despite": grouped(cells.despite, cells.rows),
+        "unchecked": {
+            kind: {"what": list(found), "cells": len(set().union(*found.values()))}
+            for kind, found in cells.unchecked.items()
+        },
+        "stale": cells.stale,
+    }
 
 
-class Reader:
-    """Scores of a table's rows, each file read once."""
-
-    def __init__(self, config: Config, results: Path, table: TableEntry) -> None:
-        self.config, self.results, self.table = config, results, table
-        self.read: dict[tuple, Scores] = {}
-
-    def missing(self, row: Row, metric: str) -> str | None:
-        return row.missing or metric_missing(self.config, self.table, metric)
-
-    def __call__(self, row: Row, eval_set: str, metric: str) -> Scores:
-        key = row.label, eval_set, metric
-        if key not in self.read:
-            self.read[key] = read_scores(self.config, self.results, row, eval_set, metric, self.table.tasks)
-        return self.read[key]
+def with_paper(config: Config, tree: Tree, side: str) -> dict:
+    """A tree against the paper; side: which of A and B the tree is."""
+    paper = {"name": "the paper", "scale": None, "caption": None, "tables": [], "claims": 0, "records": 0}
+    either = {"A": _about(tree), "B": paper} if side == "A" else {"A": paper, "B": _about(tree)}
+    columns = {}
+    for table in tree.tables:
+        columns |= _columns(config, table, tree.metrics(table))
+    found = {"schema_version": 1, "kind": PAPER, "a": either["A"], "b": either["B"], "columns": columns}
+    return found | against_paper(tree, side)
 
 
-def _sign(difference: float) -> str:
-    return "above" if difference > 0 else "below" if difference < 0 else "equal"
+def _about(tree: Tree) -> dict:
+    return {
+        "name": tree.name,
+        "scale": tree.scale,
+        "caption": tree.caption,
+        "tables": list(tree.tables),
+        "claims": len(tree.claims or {}),
+        "records": len(tree.records),
+    }
 
 
-def direction(config: Config, reader: Reader, cell: pd.Series, base: pd.Series) -> dict:
-    """The paper's direction of one cell, ours, and the verdict."""
-    row, base_row = find_row(reader.table, cell["label"]), find_row(reader.table, base["label"])
-    found = {"eval_set": cell["eval_set"], "label": row.label, "base": base_row.label, "metric": cell["metric"]}
-    found |= {"paper": _sign(cell["value"] - base["value"]), "difference": None, "interval": None, "prompts": None}
-    found["doubtful"] = bool(cell["note"] or base["note"])
-    reason = reader.missing(row, cell["metric"]) or reader.missing(base_row, cell["metric"])
-    if reason:
-        return found | {"verdict": f"missing: {reason}"}
-    left, right = (reader(r, cell["eval_set"], cell["metric"]) for r in (row, base_row))
-    pairs = pair(left, right)
-    scale = config.scale_entry
-    ours = paired_difference(
-        pairs["left"], pairs["right"], resamples=scale.bootstrap_resamples, seed=scale.eval_seed, **units(pairs)
+def _columns(config: Config, table: str, metrics: list[str]) -> dict[str, dict]:
+    """`table1.pick_score` -> its title, and digits after the point as the table prints it."""
+    places = decimals(config, table)
+    return {f"{table}.{m}": {"title": metric_title(config, m), "decimals": places.get(m, 4)} for m in metrics}
+
+
+def differs(found: dict, kind: str) -> bool:
+    """Whether there is a difference of a kind: `verdicts` is part of `cells`, and both are of `anything`."""
+    if kind == NOTHING:
+        return False
+    if found["kind"] == PAPER:
+        verdicts = [found[part]["counts"].get(DISAGREES, 0) for part in ("directions", "claims")]
+        cells = [found["cells"]["counts"][verdict] for verdict in (HIGHER, LOWER)] if found["cells"] else []
+        return any(verdicts) or (kind != VERDICTS and any(cells))
+    if found["directions"]["changed"] or found["claims"]["changed"]:
+        return True
+    cells, config = found["cells"], found["config"]
+    if kind != VERDICTS and any(cells["counts"][verdict] for verdict in (HIGHER, LOWER, ONLY_A, ONLY_B)):
+        return True
+    if kind != ANYTHING:
+        return False
+    more = (config["changes"], config["records_only_in_a"], config["records_only_in_b"], found["left_out"]["cells"])
+    return any(more) or cells["equal"] < cells["compared"]
+
+
+def run(args: argparse.Namespace) -> dict:
+    """What the command compares."""
+    given = {"A": args.a, "B": args.b}
+    sides = [side for side, argument in given.items() if argument != PAPER]
+    if not sides:
+        raise UserError("A and B are both the paper; expected a folder of results as one of them.")
+    folders = {side: folder_of(given[side], args.scale, side) for side in sides}
+    names = dict(zip(sides, names_of(*folders.values()), strict=True))
+    trees = {side: read_tree(folders[side], names[side], args.tables, side) for side in sides}
+    configs = {tree.scale: load({"scale": tree.scale}, args.config_dir) for tree in trees.values()}
+    if len(sides) == 1:
+        (side,) = sides
+        return with_paper(configs[trees[side].scale], trees[side], side)
+    return compare(configs, trees["A"], trees["B"], args.skip_incomparable, args.despite_code)
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    side = "above" if ours.low > 0 else "below" if ours.high < 0 else None
-    clear = side is not None and found["paper"] != "equal"
-    verdict = ("agrees" if side == found["paper"] else "disagrees") if clear else "inconclusive"
-    measured = {"difference": ours.value, "interval": [ours.low, ours.high], "prompts": pairs["prompt_id"].nunique()}
-    return found | measured | {"verdict": verdict}
-
-
-def compare_cell(config: Config, reader: Reader, cell: pd.Series, held: bool | None = None) -> dict:
-    """One of our cells beside the paper's; held: whether to take the difference, else as `comparable` says."""
-    row = find_row(reader.table, cell["label"])
-    found = {"eval_set": cell["eval_set"], "label": row.label, "metric": cell["metric"], "paper": cell["printed"]}
-    found |= dict.fromkeys(("ours", "interval", "difference", "tolerance")) | {"doubtful": bool(cell["note"])}
-    reason = reader.missing(row, cell["metric"])
-    if reason:
-        return found | {"verdict": f"missing: {reason}"}
-    frame, scale = reader(row, cell["eval_set"], cell["metric"]).frame, config.scale_entry
-    ours = mean_interval(frame["score"], resamples=scale.bootstrap_resamples, seed=scale.eval_seed, **units(frame))
-    found |= {"ours": ours.value, "interval": [ours.low, ours.high]}
-    if not (comparable(config) if held is None else held):
-        return found | {"verdict": NOT_COMPARABLE}
-    # with subjects these are what a mean counts: 30 in the paper
-    means = prompt_means(frame["prompt_id" if frame["subject"].isna().all() else "subject"], frame["score"])[0]
-    standard_error = means.std(ddof=1) / np.sqrt(len(means))
-    tolerance = float(2 * standard_error + 0.5 * 10.0 ** -int(cell["decimals"]))
-    difference = ours.value - cell["value"]
-    verdict = "same" if abs(difference) <= tolerance else "higher" if difference > 0 else "lower"
-    return found | {"difference": difference, "tolerance": tolerance, "verdict": verdict}
-
-
-def comparable(config: Config) -> bool:
-    """Whether a number of this scale may be held against the paper's."""
-    return config.scale == "paper"
-
-
-def compare(config: Config, results: Path, name: str) -> dict:
-    """The content of {table}.diff.json."""
-    table, reference = table_entry(config, name), load_reference(name)
-    unlisted = sorted(set(reference["label"]) - {row.label for row in table.rows})
-    if unlisted:
-        raise UserError(
-            f"tables.{name}.rows lacks {', '.join(unlisted)} of the paper's table; give the row a `missing`."
-        )
-    reader = Reader(config, results, table)
-    cells = reference.set_index(["eval_set", "label", "metric"], drop=False)
-    directions, beside = [], []
-    for _, cell in cells.iterrows():
-        base = base_label(reference, cell["label"])
-        if base != cell["label"]:
-            directions.append(direction(config, reader, cell, cells.loc[(cell["eval_set"], base, cell["metric"])]))
-        beside.append(compare_cell(config, reader, cell))
-    found = {"table": name, "scale": config.scale, "comparable": comparable(config)}
-    found |= {"counts": counts(directions, VERDICTS), "directions": directions}
-    possible = CELL_VERDICTS if comparable(config) else (NOT_COMPARABLE,)
-    found |= {"cell_counts": counts(beside, possible), "cells": beside}
-    measured = {(e["eval_set"], e["label"], e["metric"]): (e["ours"], *e["interval"]) for e in beside if e["interval"]}
-    named = off(config, name, measured)
-    return found | ({"untuned_off": named} if named else {})
-
-
-def counts(entries: list[dict], verdicts: tuple[str, ...]) -> dict[str, int]:
-    """How often each verdict was given, the possible ones first."""
-    number = Counter(entry["verdict"] for entry in entries)
-    return {verdict: number[verdict] for verdict in [*verdicts, *sorted(set(number) - set(verdicts))]}
-
-
-def summary(found: dict) -> str:
-    directions = f"{len(found['directions'])} directions: {listed(found['counts'])}"
-    cells = f"{len(found['cells'])} cells: {listed(found['cell_counts'])}"
-    return f"{found['table']} at scale {found['scale']}, {directions}; {cells}"
-
-
-def listed(number: dict[str, int]) -> str:
-    return ", ".join(f"{count} {verdict}" for verdict, count in number.items())
-
-
-# ---- as text ----
-
-
-def to_markdown(config: Config, found: dict) -> str:
-    name = found["table"]
-    parts = [
-        f"# {name} against the paper, scale {config.scale}",
-        scale_sentence(config),
-        *([f"**{told}**"] if (told := warning(config, found.get("untuned_off", []))) else []),
-        paragraph(found, {metric: metric_title(config, metric) for metric in table_entry(config, name).metrics}),
-        f"**{summary(found)}.**",
-    ]
-    parts += ["## Directions", RULE, *blocks(config, found["directions"], direction_line, DIRECTION_HEAD)]
-    head = ["Row", "Column", "Paper", "Ours", "95 % interval", "Difference", "Tolerance", "Verdict"]
-    rule = CELL_RULE if found["comparable"] else NO_CELL_RULE
-    parts += ["## Cells", rule, *blocks(config, found["cells"], _cell_line, head)]
-    parts.append(f"{DOUBTFUL} A doubtful cell of the paper; the column `note` of eval/reference/{name}.csv says why.")
-    return "\n\n".join(parts) + "\n"
-
-
-def blocks(config: Config, entries: list[dict], line: Callable, head: list[str]) -> list[str]:
-    """Per eval set a table of what was measured and a list of what was not."""
-    parts = []
-    for eval_set in dict.fromkeys(entry["eval_set"] for entry in entries):
-        block = [entry for entry in entries if entry["eval_set"] == eval_set]
-        measured = [entry for entry in block if not entry["verdict"].startswith(NOT_MEASURED)]
-        parts.append(f"### {eval_set}")
-        if measured:
-            lines = pd.DataFrame([line(config, entry) for entry in measured], columns=head)
-            parts.append(lines.to_markdown(index=False, disable_numparse=True))
-        if len(measured) < len(block):
-            parts.append(_missing_list(config, [entry for entry in block if entry not in measured]))
-    return parts
-
-
-def _missing_list(config: Config, entries: list[dict]) -> str:
-    """`verdict (columns): rows`, rows with the same columns together."""
-    columns: dict[tuple[str, str], list[str]] = {}
-    for entry in entries:
-        columns.setdefault((entry["label"], entry["verdict"]), []).append(metric_title(config, entry["metric"]))
-    rows: dict[str, list[str]] = {}
-    for (label, verdict), titles in columns.items():
-        rows.setdefault(f"{verdict} ({', '.join(titles)})", []).append(label)
-    return "\n".join(f"- {what}: {', '.join(labels)}" for what, labels in rows.items())
-
-
-def direction_line(config: Config, entry: dict) -> list[str]:
-    metric, interval = entry["metric"], entry["interval"]
-    places = digits(config.metrics[metric].decimals + 1, interval)
-    ours, low, high = (f"{value:+z.{places}f}" for value in (entry["difference"], *interval))
-    paper = entry["paper"] + (f" {DOUBTFUL}" if entry["doubtful"] else "")
-    row = [entry["label"], entry["base"], metric_title(config, metric)]
-    return [*row, paper, ours, f"[{low}, {high}]", entry["verdict"]]
-
-
-def _cell_line(config: Config, entry: dict) -> list[str]:
-    metric = entry["metric"]
-    places = digits(len(entry["paper"].partition(".")[2]) + 1, entry["interval"])
-    ours, low, high = (f"{value:z.{places}f}" for value in (entry["ours"], *entry["interval"]))
-    gap = [DASH, DASH]
-    if entry["difference"] is not None:
-        gap = [f"{entry['difference']:+z.{places}f}", f"{entry['tolerance']:z.{places}f}"]
-    paper = entry["paper"] + (f" {DOUBTFUL}" if entry["doubtful"] else "")
-    return [entry["label"], metric_title(config, metric), paper, ours, f"[{low}, {high}]", *gap, entry["verdict"]]
-
-
-def write(config: Config, results: Path, name: str) -> dict:
-    found = compare(config, results, name)
-    folder = paths.scale_dir(config.scale, results) / "tables"
-    with atomic(folder / f"{name}.diff.md") as part:
-        part.write_text(to_markdown(config, found))
-    write_json(folder / f"{name}.diff.json", found)
-    return found
+    parser.add_argument("a", metavar="A")
+    parser.add_argument("b", metavar="B")
+    parser.add_argument("--scale", help="which one, where a folder holds the results of several")
+    parser.add_argument("--tables", nargs="+", metavar="TABLE", help="these alone, and their claims; default: all")
+    parser.add_argument("--out", type=Path, metavar="FILE.html", help="everything as one page, beside the text")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="everything for programs")
+    parser.add_argument(
+        "--fail-on", choices=KINDS, default=CELLS, metavar="KIND",
+        help="what makes the exit code 1: nothing; verdicts (of directions and claims); cells (default: these, or a "
+        "cell that is higher, lower or in one tree only); anything (these, or any digit, setting, code or input)",
+    )  # fmt: skip
+    parser.add_argument(SKIP, action="store_true", help="leave out, and list, what was not measured alike")
+    parser.add_argument(
+        DESPITE_CODE, action="store_true", help="compare, and name, scores of a scorer whose code alone differs"
+    )
+    parser.add_argument("--config-dir", type=Path, default=CONFIG_DIR, help="folder with the YAML files")
+    return parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="write results/{scale}/tables/{table}.diff.md and .diff.json")
-    parser.add_argument("--table", required=True, help="an entry of tables.yaml, as table1")
-    parser.add_argument("--results", type=Path, default=paths.RESULTS, help="folder of all results")
-    add_arguments(parser)
-    args = parser.parse_args()
-    with sentences("eval.compare"):
-        config = from_arguments(args)
-        found = write(config, args.results, args.table)
-        print(summary(found))
-        if told := warning(config, found.get("untuned_off", [])):
-            print(told)
+    args = arguments().parse_args()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
+    with sentences("eval.compare", NOT_COMPARABLE):
+        found = run(args)
+        found["fail_on"], found["differs"] = args.fail_on, differs(found, args.fail_on)
+        if args.json is not None:
+            with atomic(args.json) as part:
+                part.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
+        if args.out is not None:
+            with atomic(args.out) as part:
+                part.write_text(to_html(found))
+        print(to_text(found))
+    sys.exit(1 if found["differs"] else 0)
 
 
 if __name__ == "__main__":

@@ -88,31 +88,40 @@ def read_scores(
 
     UserError if a file is not there, not complete or not what its place says.
     """
-    frames, specs, dropped = [], {}, {}
+    parts = []
     again = score_command(config, results, row)
     folders = [(t, *found) for t in tasks for found in run_folders(config, results, t, row).items()]
     for task, seed, folder in folders:
         path = paths.scores_file(folder, eval_set, row.steps, metric)
-        frame, told = _read_file(path, again)
+        frame, told = read_file(path, again)
         if problems := _problems(config, frame, told, row, eval_set, metric, seed):
             raise UserError(f"{path} holds {'; '.join(problems)}; delete it and make it again with {again}.")
-        if subject := paths.subject_of(task):
-            frame["prompt_id"] = subject + "/" + frame["prompt_id"].astype(str)
+        parts.append((task, seed, frame, told))
+    return pooled(row.label, metric, parts, config.metrics[metric].scale)
+
+
+def pooled(label: str, metric: str, parts: Sequence[tuple[str, int, pd.DataFrame, dict]], scale: float) -> Scores:
+    """Task, training seed, lines and metadata of each file of a row, as one."""
+    frames, specs, dropped = [], {}, {}
+    for task, seed, lines, told in parts:
+        subject, frame = paths.subject_of(task), lines
+        if subject:
+            frame = lines.assign(prompt_id=subject + "/" + lines["prompt_id"].astype(str))
         frames.append(frame.assign(run_seed=seed, subject=subject))
         specs[digest(told["spec"])] = told["spec"]
         for reason, count in told.get("dropped", {}).items():
             dropped[reason] = dropped.get(reason, 0) + count
     if len(specs) > 1:
-        raise UserError(_other_scorer(metric, f"the runs of {row.label!r}", specs))
+        raise UserError(_other_scorer(metric, f"the runs of {label!r}", specs))
     frame = pd.concat(frames, ignore_index=True)
-    entry = config.metrics[metric]
-    frame["score"] = frame["score"].astype(float) * entry.scale
-    scores = Scores(row.label, metric, frame, next(iter(specs.values())), dropped)
+    frame["score"] = frame["score"].astype(float) * scale
+    scores = Scores(label, metric, frame, next(iter(specs.values())), dropped)
     per_image(scores)  # refuses training seeds with different images
     return scores
 
 
-def _read_file(path: Path, again: str) -> tuple[pd.DataFrame, dict]:
+def read_file(path: Path, again: str) -> tuple[pd.DataFrame, dict]:
+    """Lines and metadata of a file; again: the command that makes it."""
     try:
         table = pq.read_table(path)
     except FileNotFoundError:

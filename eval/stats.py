@@ -136,6 +136,12 @@ def smallest_p(n_prompts: int) -> float:
     return 2.0 / min(2.0 ** min(n_prompts, 64), NUM_FLIPS + 1)
 
 
+def mean(scores: ArrayLike, clusters: ArrayLike, strata: ArrayLike | None = None) -> float:
+    """The mean over prompts of one row, as `mean_interval` has it, without an interval."""
+    means, within = prompt_means(clusters, scores), _strata(clusters, strata)
+    return float(_means((means[0],), within)[0])
+
+
 def mean_interval(
     scores: ArrayLike, clusters: ArrayLike, resamples: int, seed: int, strata: ArrayLike | None = None
 ) -> Estimate:

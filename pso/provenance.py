@@ -34,18 +34,23 @@ class UserError(ValueError):
 
 
 @contextlib.contextmanager
-def sentences(program: str) -> Iterator[None]:
-    """Around a command's main: a UserError, or an OSError that nobody foresaw, becomes one line and exit code 1."""
+def sentences(program: str, status: int = 1) -> Iterator[None]:
+    """Around a command's main: a UserError, or an OSError that nobody foresaw, becomes a sentence and the exit code."""
     try:
         yield
+        return
     except UserError as error:
-        sys.exit(f"{program}: {error}")
+        said = f"{error}"
     except OSError as error:
         what = f"{error.filename}: " if error.filename else ""
-        sys.exit(
-            f"{program}: could not read or write {what}{error.strerror or error}; make room or put the file right, "
+        said = (
+            f"could not read or write {what}{error.strerror or error}; make room or put the file right, "
             "then run the same command again."
         )
+    if status == 1:
+        sys.exit(f"{program}: {said}")  # Python's own way to print and to exit with 1
+    print(f"{program}: {said}", file=sys.stderr)
+    sys.exit(status)
 
 
 def _write_errors() -> tuple[type[Exception], ...]:

@@ -42,7 +42,7 @@ JOBS = {
     "generate": ("eval.generate", *MODEL),
     "score": ("eval.score", *MODEL),
     "table": ("eval.tables", "--table", "table1"),
-    "diff": ("eval.compare", "--table", "table1"),
+    "diff": ("eval.diff", "--table", "table1"),
     "claims": ("eval.claims",),
     "figures": ("eval.figures",),
     "cost": ("eval.cost",),

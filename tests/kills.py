@@ -45,7 +45,7 @@ STAGES = {
     "eval.generate": "generate",
     "eval.score": "score",
     "eval.tables": "table",
-    "eval.compare": "diff",
+    "eval.diff": "diff",
     "eval.claims": "claims",
 }
 QUOTA = {"tune": 4, "generate": 5, "score": 5, "table": 3, "diff": 3, "claims": 3}  # attempts of a job that are killed

@@ -17,7 +17,7 @@ from PIL import Image
 from synthetic import ROWS, config, metric, scores_path, table, write_scores
 
 import eval.generate as generate_module
-from eval import compare, tables
+from eval import diff, tables
 from eval.calibrate import main, told, write
 from eval.cost import records, stage
 from eval.generate import generate
@@ -145,7 +145,7 @@ def test_a_cell_that_is_off_is_named_wherever_somebody_looks(tmp_path):
     assert json.loads((tmp_path / "paper/calibrate.json").read_text())["off"] == [line]
     # the table and its diff, in the file and in what the command prints (its log)
     assert line in tables.write(cfg, tmp_path, "table1")[-1]
-    compare.write(cfg, tmp_path, "table1")
+    diff.write(cfg, tmp_path, "table1")
     for name in ("table1.md", "table1.diff.md"):
         (warning,) = [li for li in (tmp_path / "paper/tables" / name).read_text().splitlines() if "Warning:" in li]
         assert line in warning and "1 untuned cell is off" in warning
@@ -242,7 +242,7 @@ def test_a_small_scale_warns_of_nothing_and_shows_no_number_of_the_paper(tmp_pat
     ways = {(e["label"], e["metric"], e["verdict"]) for e in found["directions"] if e["eval_set"] == SETS[0]}
     assert ways >= {("SDXL", "pick_score", "disagrees"), ("SDXL", "clip_score", "agrees")}
     assert not any("Warning" in line for line in tables.write(cfg, tmp_path, "table1"))
-    assert "untuned_off" not in compare.write(cfg, tmp_path, "table1")
+    assert "untuned_off" not in diff.write(cfg, tmp_path, "table1")
     folder = tmp_path / scale / "tables"
     assert not any("Warning" in (folder / name).read_text() for name in ("table1.md", "table1.tex", "table1.diff.md"))
 
@@ -251,7 +251,7 @@ def test_untuned_rows_of_a_smaller_budget_are_the_papers(tmp_path):
     cfg = paper_config("reduced")
     write_tree(cfg, tmp_path, {AT: 3 * printed_half("pick_score")})
     assert len(write(cfg, tmp_path)["off"]) == 1
-    found = compare.write(cfg, tmp_path, "table1")
+    found = diff.write(cfg, tmp_path, "table1")
     assert not found["comparable"] and len(found["untuned_off"]) == 1  # the tuned rows are not
 
 

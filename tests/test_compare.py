@@ -1,233 +1,510 @@
-"""Directions and cells against the paper, on made-up scores."""
+"""Two trees of results side by side, on made-up scores and records; and one against the paper."""
 
 import json
-import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
-from synthetic import ROWS, config, frame, metric, scores_path, table, write_scores
+from synthetic import EVAL_SETS, NUM_PROMPTS, NUM_SEEDS, frame, scores_path, write_scores
+from test_diff import EXISTING, OFFLINE, ONLINE, UNTUNED_ROW, tree
 
-from eval.compare import base_label, compare, compare_cell, summary, to_markdown, write
-from eval.paper import load_reference
-from pso.entries import Row
-from pso.paths import run_dir, scores_file
+from eval import claims, compare, diff, tables
+from eval.compare_cells import INTERVALS, PAIRED
+from eval.compare_config import ABSENT, differing
+from eval.compare_same import sentence
+from eval.compare_text import to_html, to_text
+from eval.compare_trees import names_of, read_tree
+from pso import paths
 from pso.provenance import UserError
 
-UNTUNED_ROW, OFFLINE, ONLINE = ROWS[2], ROWS[3], ROWS[4]
-EXISTING = {row.label: row for row in (UNTUNED_ROW, OFFLINE, ONLINE)}
+SETTINGS = {"method": {"pso_offline": {"tune": {"learning_rate": 1e-4, "batch_size": 48}}}}
+GAINS = {OFFLINE.label: 0.01, ONLINE.label: 0.02}
+METRICS = ("pick_score", "clip_score")
 
 
-def paper_table(existing=EXISTING):
-    """table1 with all rows of the paper; those that are not in `existing` are missing."""
-    labels = load_reference("table1").drop_duplicates("label")
-    rows = [
-        existing.get(label) or Row(label=label, steps=steps, missing="not built yet")
-        for label, steps in zip(labels["label"], labels["steps"], strict=True)
+def record(row, **changes) -> dict:
+    sampled = {"resolution": 32, "guidance_scale": 0.0, "guidance_embedding": None, "sampler": "renoise"}
+    model = {row.model: {**sampled, "grids": {"4": [999, 749, 499, 249]}}}
+    return {
+        "schema_version": 1,
+        "config": {"scale": "miniature", "model": model, **SETTINGS, "seed": 0},
+        "config_digest": "whatever",
+        "code": {"commit": "a" * 40, "dirty": None},
+        "inputs": [{"repo": "tianweiy/DMD2", "file": "dmd2.bin", "sha256": "1" * 64}],
+        "versions": {"torch": "2.13.0"},
+        "hardware": {"machine": "x86_64"},
+        "numerics": {"dtype": "float32"},
+        "cost": {"wall_s": 12.3},
+        "final": {"loss": 0.69},
+    } | changes
+
+
+def write_record(results: Path, row, content: dict, name: str = "run.json") -> None:
+    run = paths.run_dir("miniature", "preference", row.model, row.method, 0, results)
+    path = run / name if name == "run.json" else run.parent.parent / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def finished(cfg, results: Path) -> Path:
+    """What the rules make of scores: a folder of one scale."""
+    tables.write(cfg, results, "table1")
+    diff.write(cfg, results, "table1")
+    claims.write(cfg, results)
+    return results / cfg.scale
+
+
+def make(results: Path, gains: dict = GAINS, records: bool = True, **changes) -> tuple:
+    cfg = tree(results, gains, **changes)
+    for row in (OFFLINE, ONLINE) if records else ():
+        write_record(results, row, record(row))
+    return cfg, finished(cfg, results)
+
+
+def opened(a: Path, b: Path) -> tuple:
+    names = names_of(a, b)
+    return read_tree(a, names[0], side="A"), read_tree(b, names[1], side="B")
+
+
+def compared(cfg, a: Path, b: Path, **options) -> dict:
+    found = compare.compare({cfg.scale: cfg}, *opened(a, b), **options)
+    return found | {"fail_on": "cells", "differs": compare.differs(found, "cells")}
+
+
+def rewrite(cfg, results: Path, row, eval_set: str, metric: str, change=lambda scores: scores, **told) -> None:
+    """A row's scores of one column, changed, with its table as the rules make it."""
+    scores = frame(UNTUNED_ROW, eval_set, metric)
+    scores["score"] += GAINS.get(row.label, 0.0)
+    write_scores(scores_path(cfg, results, row, eval_set, metric), change(scores), row, eval_set, metric, **told)
+
+
+@pytest.fixture
+def one(tmp_path):
+    return make(tmp_path / "one")
+
+
+@pytest.fixture
+def other(one, tmp_path):
+    """An equal tree beside the first, to be changed."""
+    shutil.copytree(tmp_path / "one", tmp_path / "other")
+    return tmp_path / "other"
+
+
+# ---- equal trees ----
+
+
+def test_equal_trees_have_no_difference(one, other):
+    cfg, folder = one
+    found = compared(cfg, folder, other / "miniature")
+    assert found["cells"]["compared"] == found["cells"]["equal"] == 3 * 2 * 2  # rows, columns, sets that have numbers
+    assert found["cells"]["counts"] == {"higher": 0, "lower": 0, "only in A": 0, "only in B": 0, "same": 12}
+    assert found["directions"]["compared"] == 96 and found["claims"]["compared"] == 1
+    assert not any(compare.differs(found, kind) for kind in compare.KINDS)
+    assert found["config"]["changes"] == [] and found["config"]["records_compared"] == {"run.json": 2}
+    assert "--fail-on cells: no difference" in to_text(found)
+
+
+def test_costs_and_last_losses_are_no_change(one, other):
+    cfg, folder = one
+    write_record(other, OFFLINE, record(OFFLINE, cost={"wall_s": 99.0}, final={"loss": 0.5}))
+    assert not compare.differs(compared(cfg, folder, other / "miniature"), "anything")
+
+
+# ---- cells ----
+
+
+def test_a_shifted_row_is_the_one_that_is_named(one, other):
+    cfg, folder = one
+    shift = np.random.default_rng(1).normal(0.002, 0.001, NUM_PROMPTS * NUM_SEEDS)
+    rewrite(cfg, other, OFFLINE, "pickapic_test", "pick_score", lambda f: f.assign(score=f["score"] + shift))
+    found = compared(cfg, folder, finished(cfg, other))
+    moved = [e for e in found["cells"]["cells"] if not e["equal"]]
+    places = [(e["eval_set"], e["label"], e["metric"], e["verdict"], e["rule"]) for e in moved]
+    assert places == [("pickapic_test", OFFLINE.label, "pick_score", "higher", PAIRED)]
+    by_prompt = 100 * shift.reshape(NUM_PROMPTS, NUM_SEEDS).mean(axis=1)
+    (entry,) = moved
+    assert entry["difference"] == pytest.approx(by_prompt.mean(), rel=1e-9)
+    draws = np.random.default_rng(2).choice(by_prompt, (20_000, NUM_PROMPTS)).mean(axis=1)
+    assert entry["interval"] == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.012)
+    assert entry["b"]["value"] - entry["a"]["value"] == pytest.approx(entry["difference"])
+    back = compared(cfg, other / "miniature", folder)
+    (entry,) = [e for e in back["cells"]["cells"] if not e["equal"]]
+    assert entry["verdict"] == "lower" and entry["difference"] == pytest.approx(-by_prompt.mean())
+    text = to_text(found)
+    assert f"{by_prompt.mean():+.3f}" in text and "1 higher, 11 same; 11 equal to the last digit" in text
+    assert max(len(line) for line in text.splitlines()) <= 110
+
+
+def test_pairing_sees_what_two_intervals_cannot(one, other, tmp_path):
+    cfg, folder = one
+    rewrite(cfg, other, OFFLINE, "pickapic_test", "pick_score", lambda f: f.assign(score=f["score"] + 0.001))
+    shifted = finished(cfg, other)
+    assert compared(cfg, folder, shifted)["cells"]["counts"]["higher"] == 1
+    bare = tmp_path / "bare/miniature"
+    shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("preference"))
+    found = compared(cfg, bare, shifted)
+    assert found["cells"]["counts"]["same"] == 12 and found["cells"]["by_rule"] == {PAIRED: 0, INTERVALS: 12}
+    (entry,) = [e for e in found["cells"]["cells"] if not e["equal"]]
+    assert entry["why_not_paired"] == "A: no scores of single images" and entry["interval"] is None
+    assert "The clearest change among the same: Offline-PSO w/ SDXL-DMD2, PickScore" in " ".join(to_text(found).split())
+
+
+def test_intervals_that_do_not_meet_are_a_difference(one, tmp_path):
+    cfg, folder = one
+    _, far = make(tmp_path / "far", {OFFLINE.label: 0.11, ONLINE.label: 0.02})
+    for path in (folder, far):
+        shutil.rmtree(path / "preference")
+    found = compared(cfg, folder, far)
+    assert {(e["label"], e["verdict"]) for e in found["cells"]["cells"] if e["verdict"] != "same"} == {
+        (OFFLINE.label, "higher")
+    }
+    assert "have no run.json" in " ".join(to_text(found).split())
+
+
+def test_a_row_that_one_tree_alone_has(one, tmp_path):
+    cfg, folder = one
+    path = folder / "tables/table1.csv"
+    frame_of = pd.read_csv(path)
+    frame_of.loc[frame_of["label"] == ONLINE.label, ["pick_score", "pick_score_low", "pick_score_high"]] = np.nan
+    shutil.copytree(folder, tmp_path / "less/miniature")
+    frame_of.to_csv(tmp_path / "less/miniature/tables/table1.csv", index=False)
+    found = compared(cfg, folder, tmp_path / "less/miniature")
+    assert found["cells"]["counts"]["only in A"] == 2 and found["differs"]
+    assert "Cells only in A\n  - table1, pickapic_test, Online-PSO w/ SDXL-DMD2 (no such number): PickScore" in to_text(
+        found
+    )
+    assert compared(cfg, tmp_path / "less/miniature", folder)["cells"]["counts"]["only in B"] == 2
+
+
+def test_a_table_older_than_its_scores_is_named_and_the_scores_count(one, other):
+    cfg, folder = one
+    rewrite(cfg, other, ONLINE, "parti_prompts", "clip_score", lambda f: f.assign(score=f["score"] + 0.01))
+    found = compared(cfg, folder, other / "miniature")  # its table is not made anew
+    (entry,) = [e for e in found["cells"]["cells"] if not e["equal"]]
+    assert entry["difference"] == pytest.approx(0.01) and entry["b"]["value"] - entry["a"]["value"] == pytest.approx(
+        0.01
+    )
+    assert entry["b"]["interval"][0] > entry["a"]["interval"][0]
+    (line,) = found["stale"]
+    assert line.startswith("B: tables/table1.csv has 0.") and "`python -m eval.tables --table table1`" in line
+    assert "Out of date, B: tables/table1.csv" in " ".join(to_text(found).split())
+
+
+# ---- verdicts ----
+
+
+def test_verdicts_that_changed(one, tmp_path):
+    cfg, folder = one
+    _, turned = make(tmp_path / "turned", {OFFLINE.label: 0.01, ONLINE.label: -0.02})
+    found = compared(cfg, folder, turned)
+    (claim,) = found["claims"]["changed"]
+    assert (claim["id"], claim["change"]) == ("online_above", "holds -> fails")
+    changed = {(e["eval_set"], e["metric"]): e["change"] for e in found["directions"]["changed"]}
+    assert changed["pickapic_test", "pick_score"] == "agrees -> disagrees" and len(changed) == 4
+    assert found["directions"]["transitions"] == {"agrees -> disagrees": 3, "disagrees -> agrees": 1}
+    assert {e["label"] for e in found["directions"]["changed"]} == {ONLINE.label}
+    assert compare.differs(found, "verdicts")
+
+
+def test_a_claim_that_is_declared_otherwise_is_a_change(one, other):
+    cfg, folder = one
+    path = other / "miniature/claims.json"
+    content = json.loads(path.read_text())
+    content[0]["bound"] = -0.5
+    path.write_text(json.dumps(content))
+    (claim,) = compared(cfg, folder, other / "miniature")["claims"]["changed"]
+    assert claim["change"] == "holds, declared otherwise"
+
+
+# ---- how they were made ----
+
+
+def test_a_changed_setting_is_a_dotted_key(one, other):
+    cfg, folder = one
+    settings = {"method": {"pso_offline": {"tune": {"learning_rate": 2e-4, "batch_size": 48}}}}
+    write_record(other, OFFLINE, record(OFFLINE, config={**record(OFFLINE)["config"], **settings}))
+    found = compared(cfg, folder, other / "miniature")
+    run = "preference/sdxl_dmd2/pso_offline/seed0/run.json"
+    assert found["config"]["changes"] == [
+        {"part": "settings", "key": "method.pso_offline.tune.learning_rate", "a": 1e-4, "b": 2e-4, "records": [run]}
     ]
-    metrics = ["pick_score", "clip_score", "image_reward", "aesthetic_score"]
-    missing = {"image_reward": "not built yet", "aesthetic_score": "no weights"}
-    return table(rows=rows, extra_rows=[], extra_metrics=[], metrics=metrics, missing_metrics=missing)
+    assert f"method.pso_offline.tune.learning_rate: 0.0001 -> 0.0002 ({run})" in " ".join(to_text(found).split())
+    assert not found["differs"] and compare.differs(found, "anything")
 
 
-def tree(results, differences: dict[str, np.ndarray], **changes):
-    """A row's score is the untuned row's plus its difference: one number, or one per image."""
-    cfg = config(table_entries={"table1": paper_table()}, **changes)
-    for row in EXISTING.values():
-        for eval_set in cfg.table_entries["table1"].eval_sets:
-            for name in ("pick_score", "clip_score"):
-                scores = frame(UNTUNED_ROW, eval_set, name)
-                scores["score"] += differences.get(row.label, 0.0)
-                write_scores(scores_path(cfg, results, row, eval_set, name), scores, row, eval_set, name)
-    return cfg
-
-
-def verdicts(found: dict) -> dict:
-    return {(e["eval_set"], e["label"], e["metric"]): e["verdict"] for e in found["directions"]}
-
-
-def test_verdicts(tmp_path):
-    noise = np.random.default_rng(0).normal(0, 0.01, 60)
-    cfg = tree(tmp_path, {OFFLINE.label: 0.01, ONLINE.label: noise - noise.mean()})
-    found = verdicts(compare(cfg, tmp_path, "table1"))
-    assert len(found) == 12 * 4 * 2  # every row but the base, every column, both sets
-    assert found["pickapic_test", OFFLINE.label, "pick_score"] == "agrees"
-    assert found["pickapic_test", OFFLINE.label, "clip_score"] == "agrees"
-    assert found["pickapic_test", ONLINE.label, "pick_score"] == "inconclusive"
-    assert found["pickapic_test", OFFLINE.label, "image_reward"] == "missing: not built yet"
-    assert found["pickapic_test", OFFLINE.label, "aesthetic_score"] == "missing: no weights"
-    assert found["parti_prompts", "SDXL-SPO", "pick_score"] == "missing: not built yet"
-    cfg = tree(tmp_path, {OFFLINE.label: -0.01, ONLINE.label: 0.01})
-    found = verdicts(compare(cfg, tmp_path, "table1"))
-    assert found["parti_prompts", OFFLINE.label, "pick_score"] == "disagrees"
-    assert found["pickapic_test", ONLINE.label, "clip_score"] == "disagrees"  # the paper: .3671 below .3679
-    assert found["parti_prompts", ONLINE.label, "clip_score"] == "agrees"
-
-
-def test_equal_numbers_in_the_paper_give_no_direction(tmp_path):
-    teacher = ROWS[0]
-    cfg = tree(tmp_path, {})
-    cfg.table_entries["table1"] = paper_table({**EXISTING, teacher.label: teacher})
-    for eval_set in ("pickapic_test", "parti_prompts"):
-        for name in ("pick_score", "clip_score"):
-            scores = frame(UNTUNED_ROW, eval_set, name).assign(score=lambda f: f["score"] + 0.05)
-            write_scores(scores_path(cfg, tmp_path, teacher, eval_set, name), scores, teacher, eval_set, name)
-    found = compare(cfg, tmp_path, "table1")
-    entry = next(e for e in found["directions"] if (e["eval_set"], e["label"], e["metric"])
-                 == ("parti_prompts", "SDXL", "clip_score"))  # fmt: skip
-    assert (entry["paper"], entry["verdict"]) == ("equal", "inconclusive")  # .3607 and .3607
-
-
-@pytest.mark.parametrize("scale", ["miniature", "smoke", "reduced"])
-def test_no_number_is_held_against_the_papers_outside_scale_paper(tmp_path, scale):
-    cfg = tree(tmp_path, {OFFLINE.label: 0.01}, scale=scale)
-    found = write(cfg, tmp_path, "table1")
-    text = (tmp_path / scale / "tables/table1.diff.md").read_text()
-    assert found == json.loads((tmp_path / scale / "tables/table1.diff.json").read_text())
-    assert not found["comparable"] and len(found["cells"]) == 104
-    assert {(e["difference"], e["tolerance"]) for e in found["cells"]} == {(None, None)}
-    measured = [e for e in found["cells"] if e["ours"] is not None]
-    assert len(measured) == 3 * 2 * 2  # rows, columns and sets that the tree has
-    assert {e["verdict"] for e in measured} == {"not comparable"}
-    assert all(e["verdict"].startswith("missing: ") for e in found["cells"] if e["ours"] is None)
-    assert found["cell_counts"]["not comparable"] == len(re.findall(r"\| – +\| – +\| not comparable +\|", text)) == 12
-    assert summary(found) in text
-    assert sum(found["counts"].values()) == 96
-
-
-def test_a_cell_says_what_is_ours_and_the_papers(tmp_path):
-    cfg = tree(tmp_path, {OFFLINE.label: 0.01})
-    found = compare(cfg, tmp_path, "table1")
-    (entry,) = [e for e in found["cells"] if (e["eval_set"], e["label"], e["metric"])
-                == ("parti_prompts", OFFLINE.label, "pick_score")]  # fmt: skip
-    by_hand = 100 * (frame(UNTUNED_ROW, "parti_prompts", "pick_score")["score"] + 0.01).mean()
-    assert (entry["paper"], entry["ours"]) == ("23.07", pytest.approx(by_hand))
-    low, high = entry["interval"]
-    assert low < entry["ours"] < high
-    line = next(li for li in to_markdown(cfg, found).splitlines() if "| 23.07 " in li)
-    assert f"| {by_hand:.3f} " in line and f"[{low:.3f}, {high:.3f}]" in line
-
-
-def test_every_direction_is_in_the_text(tmp_path):
-    cfg = tree(tmp_path, {OFFLINE.label: 0.01})
-    found = compare(cfg, tmp_path, "table1")
-    text = to_markdown(cfg, found)
-    for label in {entry["label"] for entry in found["directions"]}:
-        assert label in text
-    assert len(re.findall(r"\| agrees +\|", text)) == found["counts"]["agrees"] > 0
-    assert "SDXL-SPO" in text and "not built yet" in text
-
-
-def cell(printed: str, decimals: int, label: str = OFFLINE.label):
-    reference = load_reference("table1").set_index(["eval_set", "label", "metric"], drop=False)
-    found = reference.loc[("pickapic_test", label, "pick_score")].copy()
-    found["printed"], found["value"], found["decimals"] = printed, float(printed), decimals
-    return found
-
-
-class Given:
-    """Stands for compare.Reader: one made-up row."""
-
-    def __init__(self, scores):
-        self.table, self.scores = paper_table(), scores
-
-    def missing(self, row, metric):
-        return row.missing
-
-    def __call__(self, row, eval_set, metric):
-        return type("Scores", (), {"frame": self.scores})
+def test_a_change_of_all_runs_is_told_once(one, other):
+    cfg, folder = one
+    for row in (OFFLINE, ONLINE):
+        inputs = [{"repo": "tianweiy/DMD2", "file": "dmd2.bin", "sha256": "2" * 64}]
+        write_record(other, row, record(row, versions={"torch": "2.14.0"}, inputs=inputs))
+    found = compared(cfg, folder, other / "miniature")
+    told = {(c["part"], c["key"]): (c["a"], c["b"], len(c["records"])) for c in found["config"]["changes"]}
+    assert told == {
+        ("inputs", "tianweiy/DMD2/dmd2.bin.sha256"): ("1" * 64, "2" * 64, 2),
+        ("versions", "torch"): ("2.13.0", "2.14.0", 2),
+    }
+    assert "torch: 2.13.0 -> 2.14.0 (all 2 records)" in to_text(found)
 
 
 @pytest.mark.parametrize(
-    ("printed", "verdict"),
-    [("22.46", "same"), ("22.456", "same"), ("22.44", "higher"), ("22.48", "lower"), ("22.5", "lower")],
-)
-def test_a_cell_without_spread_is_the_same_within_half_a_digit(printed, verdict):
-    scores = frame(OFFLINE, "pickapic_test", "pick_score").assign(score=22.46, subject=None)
-    assert compare_cell(config(scale="paper"), Given(scores), cell(printed, 2))["verdict"] == verdict
-
-
-def test_tolerance_by_hand():
-    scores = frame(OFFLINE, "pickapic_test", "pick_score").assign(subject=None)
-    found = compare_cell(config(scale="paper"), Given(scores), cell("0.23", 2))
-    prompts = [scores["score"][i : i + 2].mean() for i in range(0, 60, 2)]
-    error = np.sqrt(np.sum((prompts - np.mean(prompts)) ** 2) / 29 / 30)
-    assert found["tolerance"] == pytest.approx(2 * error + 0.005)
-    assert found["difference"] == pytest.approx(np.mean(prompts) - 0.23)
-
-
-def test_scale_paper_compares_cells(tmp_path):
-    cfg = tree(tmp_path, {}, scale="paper")
-    found = compare(cfg, tmp_path, "table1")
-    assert found["comparable"] and len(found["cells"]) == 104
-    for entry in [e for e in found["cells"] if e["ours"] is not None]:
-        assert entry["difference"] == pytest.approx(entry["ours"] - float(entry["paper"]))
-        assert entry["interval"][0] < entry["ours"] < entry["interval"][1]
-    verdict = {(e["eval_set"], e["label"], e["metric"]): e["verdict"] for e in found["cells"]}
-    assert verdict["pickapic_test", "SDXL-DMD2", "pick_score"] in ("same", "higher", "lower")
-    assert verdict["pickapic_test", "SDXL", "pick_score"] == "missing: not built yet"
-    text = to_markdown(cfg, found)
-    assert "22.46" in text and "2 SE + half a unit" in text and "104 cells" in text
-
-
-@pytest.mark.parametrize(
-    ("name", "label", "base"),
+    ("a", "b", "found"),
     [
-        ("table1", "SDXL-DPO", "SDXL-DMD2"),
-        ("table1", "SDXL", "SDXL-DMD2"),
-        ("table1", "SDXL-DPO + DMD2-LoRA", "SDXL-DMD2"),
-        ("table2", "Online-PSO w/ SDXL-Turbo-1step", "SDXL-Turbo-1step"),
-        ("table2", "Online-PSO w/ SDXL-Turbo-4step", "SDXL-Turbo-4step"),
-        ("table3", "Dreambooth w/ SDXL", "SDXL-Turbo"),
-        ("table4", "SDXL-DPO + LCM-LoRA", "SDXL + LCM-LoRA"),
-        ("table4", "Online-PSO w/ SDXL-LCM", "SDXL-LCM"),
+        ({"x": {"y": 1}}, {"x": {"y": 1}}, []),
+        ({"x": {"y": 1}}, {"x": {"y": 2}}, [("x.y", 1, 2)]),
+        ({"x": 1}, {"x": True}, [("x", 1, True)]),
+        ({"x": [1, 2]}, {"x": [1, 3]}, [("x", [1, 2], [1, 3])]),
+        ({"x": [{"y": 1}]}, {"x": []}, [("x.0.y", 1, ABSENT), ("x", ABSENT, [])]),
+        ({"x": None}, {}, [("x", None, ABSENT), ("", ABSENT, {})]),
     ],
 )
-def test_base_rows(name, label, base):
-    assert base_label(load_reference(name), label) == base
+def test_nested_differences(a, b, found):
+    assert differing(a, b) == found
 
 
-CONCEPT = {
-    "Dreambooth w/ SDXL": Row(label="Dreambooth w/ SDXL", model="sdxl", method="dreambooth", steps=50),
-    "SDXL-Turbo": Row(label="SDXL-Turbo", model="sdxl_turbo", method="untuned", steps=4),
-    "PSO w/ SDXL-Turbo": Row(label="PSO w/ SDXL-Turbo", model="sdxl_turbo", method="pso", steps=4),
+# ---- refusals ----
+
+
+def test_another_scorer_is_refused_by_field(one, other):
+    cfg, folder = one
+    spec = {"name": "pick_score", "sha256": "9" * 64}
+    for row in EXISTING.values():
+        for eval_set in EVAL_SETS:
+            rewrite(cfg, other, row, eval_set, "pick_score", spec=spec)
+    with pytest.raises(UserError) as refusal:
+        compared(cfg, folder, finished(cfg, other))
+    assert "6 of 12 cells cannot be compared" in str(refusal.value)
+    named = "scorer of pick_score: sha256 is 0000000000000000... in A and 9999999999999999... in B (all rows of table1)"
+    assert named in str(refusal.value) and "`python -m eval.score" in str(refusal.value)
+    assert "clip_score" not in str(refusal.value)
+    found = compared(cfg, folder, other / "miniature", skip=True)
+    assert found["left_out"]["cells"] == 6 and found["cells"]["compared"] == 6
+    assert {e["metric"] for e in found["cells"]["cells"]} == {"clip_score"}
+    assert found["directions"]["left_out"] == 4 and found["claims"]["left_out"] == 1
+    text = " ".join(to_text(found).split())
+    assert "6 left out as not comparable" in text and named in text
+
+
+def test_other_code_of_a_scorer_can_be_allowed_and_nothing_else(one, other):
+    cfg, folder = one
+    for tree_of, code in ((folder.parent, "old"), (other, "new")):
+        for row in EXISTING.values():
+            rewrite(cfg, tree_of, row, "parti_prompts", "clip_score", spec={"transform": "x", "code": code})
+    with pytest.raises(UserError, match="scorer of clip_score: code is old in A and new in B") as refusal:
+        compared(cfg, folder, other / "miniature")
+    assert "--despite-code" in str(refusal.value)
+    found = compared(cfg, folder, other / "miniature", despite_code=True)
+    assert found["cells"]["equal"] == 12 and [group["field"] for group in found["despite"]] == ["code"]
+    assert "Compared although the code of the scorer is another: clip_score" in " ".join(to_text(found).split())
+    for row in EXISTING.values():
+        rewrite(cfg, other, row, "parti_prompts", "clip_score", spec={"transform": "y", "code": "new"})
+    with pytest.raises(UserError, match="transform is x in A and y in B"):
+        compared(cfg, folder, other / "miniature", despite_code=True)
+
+
+CHANGED_IMAGES = {
+    "eval seed": lambda f: f.assign(image_seed=f["image_seed"] + 7),
+    "prompt ids": lambda f: f.assign(prompt_id="q" + f["prompt_id"]),
+    "images per prompt": lambda f: f[f["image_seed"] == 0],
+    "prompts": lambda f: f[f["prompt_id"] != "p000"],
+    "images with a score": lambda f: f.iloc[1:],
 }
-LIKENESS = {"Dreambooth w/ SDXL": 0.6, "SDXL-Turbo": 0.2, "PSO w/ SDXL-Turbo": 0.5}
 
 
-@pytest.mark.parametrize(("scale", "verdict"), [("miniature", "not comparable"), ("paper", "lower")])
-def test_table_3_has_one_eval_set_and_its_own_columns(tmp_path, scale, verdict):
-    columns = ["clip_t", "dino", "clip_i"]
-    entry = table(
-        task="concept", eval_sets=["dreambooth_prompts"], metrics=columns, rows=list(CONCEPT.values()),
-        missing_metrics={}, extra_metrics=[], extra_rows=[],
-    )  # fmt: skip
-    metrics = {name: metric(name.upper(), decimals=3) for name in columns}
-    datasets = {"dreambooth_prompts": config().datasets["pickapic_test"]}
-    cfg = config(scale=scale, table_entries={"table3": entry}, metrics=metrics, datasets=datasets, tables=["table3"])
-    noise = np.random.default_rng(0).normal(0, 0.01, 60)
-    for row in CONCEPT.values():
-        for name in columns:
-            scores = frame(UNTUNED_ROW, "pickapic_test", "pick_score").assign(score=LIKENESS[row.label] + noise)
-            run = run_dir(scale, "concept", row.model, row.method, 0, tmp_path)
-            write_scores(scores_file(run, "dreambooth_prompts", row.steps, name), scores, row,
-                         "dreambooth_prompts", name)  # fmt: skip
-    found = compare(cfg, tmp_path, "table3")
-    assert [(e["label"], e["base"], e["metric"], e["paper"], e["verdict"]) for e in found["directions"]] == [
-        ("Dreambooth w/ SDXL", "SDXL-Turbo", "clip_t", "below", "disagrees"),
-        ("Dreambooth w/ SDXL", "SDXL-Turbo", "dino", "above", "agrees"),
-        ("Dreambooth w/ SDXL", "SDXL-Turbo", "clip_i", "above", "agrees"),
-        *(("PSO w/ SDXL-Turbo", "SDXL-Turbo", name, "above", "agrees") for name in columns),
+@pytest.mark.parametrize("field", CHANGED_IMAGES)
+def test_other_images_are_refused_by_field(one, other, field):
+    cfg, folder = one
+    rewrite(cfg, other, OFFLINE, "parti_prompts", "pick_score", CHANGED_IMAGES[field])
+    with pytest.raises(UserError, match=f"protocol: parti_prompts: {field} is .* in A and .* in B") as refusal:
+        compared(cfg, folder, other / "miniature")
+    assert "1 of 12 cells" in str(refusal.value) and f"(table1: {OFFLINE.label})" in str(refusal.value)
+
+
+@pytest.mark.parametrize("field", ["resolution", "guidance_scale", "sampler", "grid"])
+def test_another_sampling_is_refused_by_field(one, other, field):
+    cfg, folder = one
+    content = record(ONLINE)
+    if field == "grid":
+        content["config"]["model"]["sdxl_dmd2"]["grids"]["4"] = [999, 700, 400, 100]
+    else:
+        content["config"]["model"]["sdxl_dmd2"][field] = "other"
+    write_record(other, ONLINE, content)
+    with pytest.raises(UserError, match=rf"protocol: {field} is .* in A and .* in B \(table1: {ONLINE.label}\)"):
+        compared(cfg, folder, other / "miniature")
+
+
+def test_numbers_of_another_stand_in_world_are_refused(one, tmp_path):
+    cfg, folder = one
+    small, elsewhere = make(tmp_path / "other", records=False, scale="smoke")
+    trees = opened(folder, elsewhere)
+    with pytest.raises(
+        UserError, match="weights and data is those made at scale miniature in A and those made at scale s"
+    ):
+        compare.compare({"miniature": cfg, "smoke": small}, *trees)
+
+
+def test_what_nothing_tells_is_said_not_to_be_checked(one, other):
+    cfg, folder = one
+    for path in (folder, other / "miniature"):
+        shutil.rmtree(path / "preference")
+    found = compared(cfg, folder, other / "miniature")
+    assert found["unchecked"]["scorer"] == {"what": ["clip_score"], "cells": 6}, "claims.json tells pick_score's"
+    assert {"grid", "resolution", "eval seed", "prompt ids"} <= set(found["unchecked"]["protocol"]["what"])
+    assert found["unchecked"]["protocol"]["cells"] == 12
+    assert "A or B does not tell the scorer, so not checked in 6 cells: clip_score." in " ".join(to_text(found).split())
+
+
+def test_committed_files_tell_scorers_by_their_claims(one, other):
+    cfg, folder = one
+    path = other / "miniature/claims.json"
+    content = json.loads(path.read_text())
+    content[0]["scorer"]["spec"]["sha256"] = "9" * 64
+    path.write_text(json.dumps(content))
+    for tree_of in (folder, other / "miniature"):
+        shutil.rmtree(tree_of / "preference")
+    with pytest.raises(UserError, match="6 of 12 cells .*\n.*scorer of pick_score: sha256 is 0000"):
+        compared(cfg, folder, other / "miniature")
+
+
+# ---- against the paper ----
+
+
+def test_outside_scale_paper_only_directions_and_claims_are_held_against_the_papers(one):
+    cfg, folder = one
+    found = compare.with_paper(cfg, read_tree(folder, "mine"), "A")
+    assert found["cells"] is None and found["b"]["name"] == "the paper"
+    told = json.loads((folder / "tables/table1.diff.json").read_text())["counts"]
+    assert {k: v for k, v in found["directions"]["counts"].items() if k != "missing"} == {
+        k: v for k, v in told.items() if not k.startswith("missing")
+    }
+    assert found["directions"]["counts"]["missing"] == 96 - 8
+    (claim,) = found["claims"]["entries"]
+    assert (claim["ours"], claim["paper"], claim["verdict"]) == ("holds", "holds", "agrees")
+    text = " ".join(to_text(found | {"fail_on": "cells", "differs": True}).split())
+    assert "No number of scale miniature is held against the paper's" in text
+    assert "table2, 48 cells of the paper, is not in the tree" in text
+    assert compare.differs(found, "verdicts") == (told["disagrees"] > 0)
+
+
+def test_at_scale_paper_cells_are_held_against_the_papers(tmp_path):
+    cfg, folder = make(tmp_path, {}, records=False, scale="paper")
+    found = compare.with_paper(cfg, read_tree(folder, "mine"), "B")
+    cells = json.loads((folder / "tables/table1.diff.json").read_text())["cell_counts"]
+    assert [found["cells"]["counts"][v] for v in ("same", "higher", "lower")] == [
+        cells[v] for v in ("same", "higher", "lower")
     ]
-    cells = {(e["label"], e["metric"]): e["verdict"] for e in found["cells"]}
-    assert len(cells) == 9 and cells["PSO w/ SDXL-Turbo", "dino"] == verdict
-    text = to_markdown(cfg, found)
-    assert "Against SDXL-Turbo: Dreambooth w/ SDXL and PSO w/ SDXL-Turbo are above on every measured column." in text
-    assert "5 of 6 measured directions agree with the paper's and 1 disagrees." in text
+    assert compare.differs(found, "cells") == (cells["higher"] + cells["lower"] > 0)
+    text = to_text(found | {"fail_on": "cells", "differs": True})
+    assert "Cells that are not the paper's" in text and "does not say by which files" in text
 
 
-def test_refusals(tmp_path):
-    with pytest.raises(UserError, match="--table is 'table5', which the paper does not have; expected one of table1"):
-        load_reference("table5")
-    short = config(table_entries={"table1": table()})
-    with pytest.raises(UserError, match="tables.table1.rows lacks .*SDXL-SPO.* of the paper's table"):
-        compare(short, tmp_path, "table1")
+def test_a_cell_of_another_edition_of_the_paper_is_told(one):
+    cfg, folder = one
+    path = folder / "tables/table1.diff.json"
+    content = json.loads(path.read_text())
+    content["cells"][0]["paper"] = "99.99"
+    path.write_text(json.dumps(content))
+    notes = compare.with_paper(cfg, read_tree(folder, "mine"), "A")["notes"]
+    assert any("1 cells of table1 are not those of eval/reference/table1.csv" in note for note in notes)
+
+
+# ---- text, page, JSON, command ----
+
+
+class Page(HTMLParser):
+    """Tags that are open, and addresses that a browser would load."""
+
+    VOID = {"meta", "br", "link", "img"}
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.loads, self.tags = [], [], set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.loads += [value for key, value in attrs if key in ("src", "href", "srcset", "data") and value]
+        self.open += [] if tag in self.VOID else [tag]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_loads_nothing_and_escapes(one, other):
+    cfg, folder = one
+    rewrite(cfg, other, OFFLINE, "pickapic_test", "pick_score", lambda f: f.assign(score=f["score"] + 0.01))
+    write_record(other, OFFLINE, record(OFFLINE, versions={"torch": "<script>alert(1)</script>"}))
+    found = compared(cfg, folder, finished(cfg, other))
+    text = to_html(found)
+    page = Page(text)
+    assert page.open == [] and page.loads == [] and not page.tags & {"script", "link", "img", "iframe"}
+    assert "&lt;script&gt;" in text and "url(" not in text and "prefers-color-scheme: dark" in text
+    assert "+1.000" in text and ">higher</span>" in text
+    assert text.count("<tr>") > 12, "all cells, not those alone that differ"
+    assert Page(to_html(compare.with_paper(cfg, read_tree(folder, "mine"), "A"))).open == []
+
+
+def command(*words) -> subprocess.CompletedProcess:
+    root = Path(compare.__file__).resolve().parent.parent
+    line = [sys.executable, "-m", "eval.compare", *map(str, words)]
+    return subprocess.run(line, cwd=root, capture_output=True, text=True)
+
+
+def asked(*words) -> dict:
+    """The same in this process."""
+    return compare.run(compare.arguments().parse_args([str(word) for word in words]))
+
+
+def test_exit_codes_and_files(one, other, tmp_path):
+    cfg, folder = one
+    equal = command(folder, other)
+    assert (equal.returncode, equal.stderr) == (0, "")
+    rewrite(cfg, other, OFFLINE, "pickapic_test", "pick_score", lambda f: f.assign(score=f["score"] + 0.001))
+    finished(cfg, other)
+    out, data = tmp_path / "page.html", tmp_path / "found.json"
+    changed = command(folder, other, "--out", out, "--json", data)
+    assert changed.returncode == 1 and "1 higher" in changed.stdout and changed.stderr == ""
+    found = json.loads(data.read_text())
+    assert found["cells"]["counts"]["higher"] == 1 and found["differs"] is True
+    assert data.read_text() == json.dumps(found, indent=2, sort_keys=True) + "\n"
+    assert str(tmp_path) not in data.read_text() + out.read_text() + changed.stdout
+    assert to_html(found) == out.read_text(), "the page is made of what the JSON has"
+    assert [compare.differs(found, kind) for kind in compare.KINDS] == [False, False, True, True]
+    rewrite(cfg, other, OFFLINE, "pickapic_test", "pick_score", spec={"name": "other"})
+    refused = command(folder, other)
+    assert refused.returncode == 2 and refused.stdout == "" and "eval.compare: 1 of 12 cells" in refused.stderr
+
+
+def test_which_folder_is_meant(one, other, tmp_path):
+    cfg, folder = one
+    make(tmp_path / "one", records=False, scale="smoke")
+    for words, said in [
+        ((tmp_path / "none", folder), r"A is '.*none', which is no folder; expected the folder of a scale"),
+        (
+            (tmp_path / "one", folder),
+            "A is .*, which holds miniature and smoke; give one of them, as --scale miniature",
+        ),
+        ((folder, folder / "tables"), r"B is .*tables', which has no tables/\*\.csv.*`snakemake"),
+        (("paper", "paper"), "A and B are both the paper"),
+        ((folder, other, "--tables", "table2"), "--tables names table2, which A .* has not; it has table1"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            asked(*words)
+    assert asked(tmp_path / "one", other, "--scale", "miniature")["a"]["name"] == "one/miniature"
+    assert asked(folder, "paper")["b"]["scale"] is None
+    assert asked("paper", other)["a"]["scale"] is None
+
+
+def test_names_tell_trees_apart_and_nothing_more():
+    assert names_of(Path("/a/b/results/smoke")) == ["results/smoke"]
+    assert names_of(Path("/a/results/smoke"), Path("/b/results/smoke")) == ["a/results/smoke", "b/results/smoke"]
+    assert names_of(Path("/a/results/smoke"), Path("/a/results/smoke")) == ["results/smoke", "results/smoke"]
+
+
+def test_rows_that_are_concerned_are_named():
+    group = {"what": "protocol", "field": "grid", "a": None, "b": [1], "rows": {"table1": "all", "table2": ["X", "Y"]}}
+    assert sentence(group) == "protocol: grid is nothing in A and [1] in B (all rows of table1; table2: X, Y)"

@@ -26,8 +26,8 @@ TORCH_FREE = [
     *(
         f"eval.{name}"
         for name in (
-            *("stats", "scores", "tables", "compare", "claims", "figures", "grids", "curves", "cost", "readme"),
-            *("paper", "untuned", "calibrate", "run_notes"),
+            *("stats", "scores", "tables", "diff", "claims", "figures", "grids", "curves", "cost", "readme"),
+            *("paper", "untuned", "calibrate", "run_notes", "compare"),
         )
     ),
     *(

@@ -204,6 +204,6 @@ def test_the_command_says_what_to_do_next(tmp_path, monkeypatch):
 
 
 def test_no_torch():
-    code = "import sys; from eval import claims, compare, figures, scores, stats, tables; print('torch' in sys.modules)"
+    code = "import sys; from eval import claims, diff, figures, scores, stats, tables; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

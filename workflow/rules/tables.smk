@@ -42,9 +42,9 @@ rule diff:
         **needs("diff"),
     params:
         view=VIEW,
-        code=fingerprint("eval.compare"),
+        code=fingerprint("eval.diff"),
     shell:
-        "python -m eval.compare --table {wildcards.table} 2>&1 | tee {log}"
+        "python -m eval.diff --table {wildcards.table} 2>&1 | tee {log}"
 
 
 rule judge:

@@ -1,0 +1,158 @@
+"""Whether a number of one tree may be held against the other's: the same scorer, and the same protocol. No torch.
+
+Scorer: the spec that lies in the metadata of every scores file, else in scores.json, else in claims.json. Protocol:
+which pictures of which prompts, from which noise, and how a model is sampled; its weights and method are none of it.
+What a tree does not tell cannot be checked, and is listed as such.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from eval.compare_config import flatten
+from eval.compare_trees import Tree
+from eval.scores import IMAGE, Scores
+from pso.entries import Config
+from pso.provenance import UserError, digest
+
+SAMPLING = ("resolution", "guidance_scale", "guidance_embedding", "sampler")
+FETCHED = "the published ones"
+SCORED = "images with a score"
+SKIP, DESPITE_CODE = "--skip-incomparable", "--despite-code"
+CODE = "code"  # of a scorer: a hash that any change of its code changes, one that changes no score too
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a tree says of one cell."""
+
+    spec: dict | None
+    protocol: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """A field that keeps one cell from being compared."""
+
+    what: str  # `scorer of pick_score`, or `protocol`
+    field: str
+    a: Any
+    b: Any
+
+
+def told_of(config: Config, tree: Tree, table: str, line: pd.Series, metric: str, scores: Scores | None) -> Told:
+    task = config.table_entries[table].tasks[0] if table in config.table_entries else "preference"
+    return Told(_spec(tree, line, task, metric, scores), _protocol(config, tree, line, task, scores))
+
+
+def _spec(tree: Tree, line: pd.Series, task: str, metric: str, scores: Scores | None) -> dict | None:
+    if scores is not None:
+        return scores.spec
+    if spec := tree.record(line, task, "scores").get("specs", {}).get(metric):
+        return spec
+    claims = [c["scorer"]["spec"] for c in (tree.claims or {}).values() if c["metric"] == metric and "scorer" in c]
+    return claims[0] if len({digest(spec) for spec in claims}) == 1 else None
+
+
+def _protocol(config: Config, tree: Tree, line: pd.Series, task: str, scores: Scores | None) -> dict[str, Any]:
+    eval_set = line["eval_set"]
+    fetched = config.scale_entry.hub == "fetched"
+    found: dict[str, Any] = {"weights and data": FETCHED if fetched else f"those made at scale {tree.scale}"}
+    found["steps"] = int(line["steps"])
+    if scores is not None:
+        images = scores.frame.drop_duplicates(IMAGE)
+        seeds, prompts = images["image_seed"], sorted(images["prompt_id"].astype(str).unique())
+        found |= {f"{eval_set}: prompts": len(prompts), f"{eval_set}: images per prompt": int(seeds.nunique())}
+        found |= {f"{eval_set}: eval seed": int(seeds.min()), f"{eval_set}: prompt ids": digest(prompts)}
+        images = sorted(map(list, images[IMAGE].astype(str).to_numpy()))
+        found[f"{eval_set}: {SCORED}"] = f"{len(images)} ({digest(images)})"
+    elif pd.notna(line["num_prompts"]):
+        prompts = int(line["num_prompts"])
+        images = math.ceil(line["num_images"] / (prompts * line["num_runs"]))  # some may have no score
+        found |= {f"{eval_set}: prompts": prompts, f"{eval_set}: images per prompt": images}
+    return found | _sampling(tree, line, task)
+
+
+def _sampling(tree: Tree, line: pd.Series, task: str) -> dict[str, Any]:
+    """How a row's model is sampled, by the record of its images or of its run."""
+    runs = f"{task}/{line['model']}/{line['method']}/"
+    records = [tree.record(line, task, "images"), *(r for path, r in tree.records.items() if path.startswith(runs))]
+    for record in records:
+        if entry := record.get("config", {}).get("model", {}).get(line["model"]):
+            grid = entry["grids"].get(str(line["steps"]))
+            return {field: entry[field] for field in SAMPLING if field in entry} | {"grid": grid}
+    return {}
+
+
+def obstacles(metric: str, a: Told, b: Told) -> list[Obstacle]:
+    """Every field of scorer and protocol that both tell and tell differently."""
+    found = []
+    if a.spec is not None and b.spec is not None:
+        left, right = flatten(a.spec), flatten(b.spec)
+        keys = sorted({*left, *right})
+        differing = [key for key in keys if left.get(key) != right.get(key)]
+        found += [Obstacle(f"scorer of {metric}", key, left.get(key), right.get(key)) for key in differing]
+    differing = [field for field, value in a.protocol.items() if field in b.protocol and value != b.protocol[field]]
+    if len(differing) > 1:  # other prompts or noises are other images: said once
+        differing = [field for field in differing if not field.endswith(SCORED)]
+    return found + [Obstacle("protocol", field, a.protocol[field], b.protocol[field]) for field in differing]
+
+
+def unchecked(metric: str, eval_set: str, a: Told, b: Told) -> list[tuple[str, str]]:
+    """What one of the trees, or both, does not tell: ("scorer", metric) or ("protocol", field)."""
+    fields = {"eval seed": f"{eval_set}: eval seed", "prompt ids": f"{eval_set}: prompt ids"}
+    fields |= {field: field for field in (*SAMPLING, "grid")}
+    found = [("scorer", metric)] if a.spec is None or b.spec is None else []
+    return found + [("protocol", n) for n, at in fields.items() if at not in a.protocol or at not in b.protocol]
+
+
+# ---- in words ----
+
+
+def grouped(found: Iterable[tuple[tuple, Obstacle]], rows: dict[str, list[str]]) -> list[dict]:
+    """The cells (table, eval_set, label, metric) that one field concerns, together; rows: all those of each table."""
+    groups: dict[tuple, dict] = {}
+    for cell, obstacle in found:
+        key = (obstacle.what, obstacle.field, repr(obstacle.a), repr(obstacle.b))
+        entry = {"what": obstacle.what, "field": obstacle.field, "a": obstacle.a, "b": obstacle.b, "cells": []}
+        groups.setdefault(key, entry)["cells"].append(list(cell))
+    for group in groups.values():
+        of_table: dict[str, list[str]] = {}
+        for table, _, label, _ in group["cells"]:
+            of_table.setdefault(table, []).append(label)
+        named = {table: list(dict.fromkeys(labels)) for table, labels in of_table.items()}
+        group["rows"] = {table: "all" if set(named[table]) == set(rows[table]) else named[table] for table in named}
+    return list(groups.values())
+
+
+def sentence(group: dict) -> str:
+    """`scorer of pick_score: transform is a in A and b in B (all rows of table1; table2: SDXL-Turbo-4step)`."""
+    whole = [table for table, labels in group["rows"].items() if labels == "all"]
+    places = [f"all rows of {', '.join(whole)}"] if whole else []
+    places += [f"{table}: {', '.join(labels)}" for table, labels in group["rows"].items() if labels != "all"]
+    values = f"{shown(group['a'])} in A and {shown(group['b'])} in B"
+    return f"{group['what']}: {group['field']} is {values} ({'; '.join(places)})"
+
+
+def shown(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:16]}..."
+
+
+def refusal(groups: list[dict], num_cells: int, total: int) -> UserError:
+    """Every field that differs, and what to do."""
+    remedies = []
+    if any(group["what"] != "protocol" for group in groups):
+        remedies.append("score both with the same scorer (`python -m eval.score --model MODEL --results RESULTS`)")
+    if any(group["what"] == "protocol" for group in groups):
+        remedies.append("make both with the same settings (workflow/config)")
+    code = any(group["field"] == CODE for group in groups)
+    despite = f", {DESPITE_CODE} compares what was scored by another version of the same scorer" if code else ""
+    fields = "\n".join(f"  - {sentence(group)}" for group in groups)
+    return UserError(
+        f"{num_cells} of {total} cells cannot be compared, because A and B do not measure them alike:\n{fields}\n"
+        f"To compare them, {' and '.join(remedies)}; {SKIP} compares the rest and lists what it leaves out{despite}."
+    )
