@@ -47,6 +47,7 @@ from pso.ranks import Ranks
 from pso.runs import off_before
 from pso.timeline import NAME as TIMELINE
 from pso.timeline import Timeline
+from pso.trackers import Trackers, asked, refuse_wandb_without_key
 from pso.training_data import give_data
 from pso.visits import probed
 
@@ -178,14 +179,16 @@ def tune(run: Run, ranks: Ranks) -> None:
     start = restored(checkpoints, ranks, policy, optimizer, source)
     objective = Objective(module, given.cfg, policy, source.chain, tuning.micro_batch, ranks)
     objective.memo = memo_of(run, given, source, ranks)
-    journal, timeline = None, None
+    journal, timeline, trackers = None, None, None
     if ranks.main:
         journal = Journal(run.folder / "train.jsonl", start, tuning.num_updates)
         timeline = Timeline(run.folder / TIMELINE)
         gpus = ranks.count if ranks.accelerator.device.type == "cuda" else 0
         timeline.began(start, tuning.num_updates, ranks.count, gpus)
+        trackers = Trackers(ranks.accelerator, run.folder, settings, made_from, start, journal.reached, probe)
     with prefetched(source, policy.device, tuning.num_updates) as batches:
-        loop = Loop(run.method, tuning, given, batches, probe, objective, optimizer, checkpoints, journal, timeline)
+        told = journal, timeline, trackers
+        loop = Loop(run.method, tuning, given, batches, probe, objective, optimizer, checkpoints, *told)
         counts = loop(start)
     if not ranks.main:
         return
@@ -199,6 +202,7 @@ def tune(run: Run, ranks: Ranks) -> None:
         part.write_text(yaml.safe_dump(settings, sort_keys=False))
     checkpoints.finish()
     timeline.ended(tuning.num_updates)
+    trackers.end()
 
 
 def restored(checkpoints: Checkpoints, ranks: Ranks, policy: Policy, optimizer, source) -> int:
@@ -273,9 +277,12 @@ def main() -> None:
             if name not in known:
                 hint = " (nothing is trained for it)" if name == UNTUNED else ""
                 raise ConfigError(f"--{kind[:-1]} is {name!r}{hint}; expected one of {', '.join(known)}.")
-        ranks = Ranks(Accelerator(cpu=not torch.cuda.is_available()))
-        refuse_idle_processes(config, args.method, ranks)
         folder = run_dir(config.scale, args.task, args.model, args.method, args.seed, args.results)
+        trackers = asked(config.log_with, folder, folder.relative_to(args.results).as_posix())
+        ranks = Ranks(Accelerator(cpu=not torch.cuda.is_available(), log_with=trackers))
+        refuse_idle_processes(config, args.method, ranks)
+        if ranks.main:
+            refuse_wandb_without_key(config.log_with)
         with locked(folder / LOCK) if ranks.main else contextlib.nullcontext():
             say(folder / "tune.log", ranks)
             for line in off_before(config, args.task, args.model, args.results):
