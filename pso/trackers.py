@@ -34,7 +34,8 @@ NAMED = ("model", "method", "dataset")  # settings that hold one entry under its
 OFFLINE = ("offline", "dryrun", "disabled")  # modes of W&B without an account
 FLUSH_S = 1.0  # what W&B keeps back from its file, and loses when the run is killed: 15 of its own accord
 WAIT_S = 30  # for a server of W&B, at a run's start and at its end
-LEAST, MOST, CAPTION, LINES = 128, 256, 11, 3  # px of one picture, of its caption's letters; lines of a caption
+LEAST, MOST, GAP = 128, 256, 4  # px of one picture, and between two
+CAPTION, LINES = 11, 3  # px of a letter; lines of a caption
 
 
 # ---- before anything is loaded ----
@@ -266,9 +267,10 @@ def grid(pictures: list[Image.Image], prompts: list[str]) -> np.ndarray:
     shown = [_sized(picture) for picture in pictures]
     width, height = shown[0].size
     below = LINES * (CAPTION + 3)
-    whole = Image.new("RGB", (columns * width, math.ceil(len(shown) / columns) * (height + below)), "white")
+    across, down = width + GAP, height + below
+    whole = Image.new("RGB", (columns * across - GAP, math.ceil(len(shown) / columns) * down), "white")
     for i, (picture, prompt) in enumerate(zip(shown, prompts, strict=True)):
-        left, top = i % columns * width, i // columns * (height + below)
+        left, top = i % columns * across, i // columns * down
         whole.paste(picture, (left, top))
         whole.paste(_caption(f"{i + 1}. {prompt}", width, below), (left, top + height))
     return np.asarray(whole)

@@ -2,9 +2,10 @@
 
     python -m pso.tune --model sdxl_dmd2 --method pso_offline --seed 0
 
-Writes the LoRA in diffusers' layout, run.json, config.yaml and train.jsonl. state/ holds the last two
-checkpoints until the LoRA is there; the same command after an interruption continues bit for bit. Asked to stop by
-SIGTERM, SIGUSR1 or Ctrl-C it ends the update, keeps a checkpoint and exits with 75. On several GPUs:
+Writes the LoRA in diffusers' layout, run.json, config.yaml and train.jsonl; to tensorboard/ and wandb/ what `log_with`
+asks for. state/ holds the last two checkpoints until the LoRA is there; the same command after an interruption
+continues bit for bit. Asked to stop by SIGTERM, SIGUSR1 or Ctrl-C it ends the update, keeps a checkpoint and exits with
+75. On several GPUs:
 
     torchrun --standalone --nproc-per-node 4 -m pso.tune --model sdxl_dmd2 --method pso_offline --seed 0
 """
