@@ -113,11 +113,11 @@ class WandB(WandBTracker):
         self.folder, self.logged = Path(folder) / "wandb", -1
 
     def goes_on(self, start: int, reached: int, identity: str) -> None:
-        """The same run of W&B, whose steps only grow: what it has of updates that are made again is not sent again. The
-        last step that it was told of it has only if the session came to an end."""
+        """The same run of W&B, whose steps only grow: what it has of updates that are made again is not sent again. It
+        lacks the last update of a session that was killed."""
         self.init_kwargs["id"] = identity
         if start and any(self.folder.glob("*run-*")):
-            self.logged = reached - 1
+            self.logged = max(start, reached - 1)
 
     def start(self) -> None:
         import wandb
@@ -129,9 +129,12 @@ class WandB(WandBTracker):
             disable_git=True, disable_code=True, save_code=False, console="off", symlink=False, use_dot_wandb=False,
             show_info=False, init_timeout=WAIT_S, finish_timeout=WAIT_S, x_transaction_log_flush_interval=FLUSH_S,
         )  # fmt: skip
-        super().start()
-        for name in ("logs", "tmp"):  # W&B's own, with paths of this machine
-            shutil.rmtree(Path(self.run.settings.sync_dir) / name, ignore_errors=True)
+        try:
+            super().start()
+        finally:
+            for name in ("logs", "tmp"):  # W&B's own, with paths of this machine
+                for path in self.folder.glob(f"*run-*/{name}"):
+                    shutil.rmtree(path, ignore_errors=True)
         if mode not in OFFLINE:
             log.info("wandb: %s", self.run.url)
         elif mode != "disabled":
@@ -169,21 +172,27 @@ class Trackers:
             return
         for tracker in accelerator.log_with:
             tracker.goes_on(start, reached, digest(made_from))
-        try:
-            accelerator.init_trackers(PROJECT, hyperparameters(settings))
-        except _failures() as error:
-            accelerator.trackers.clear()
-            said = f"log_with names {' and '.join(t.name for t in accelerator.log_with)}, but {_first_line(error)}"
-            if not start:
-                raise UserError(
-                    f"{said}; set WANDB_MODE=offline for W&B, make room on the disk, or leave it out."
-                ) from error
-            log.warning("%s; this run goes on without", said)
-        self.live, accelerator.trackers = accelerator.trackers, []  # ended here, where a failure is no error
+            self._begin(tracker, hyperparameters(settings), first=not start)
         probe.keeps_pictures = bool(self.live)
         self._each("log", {"probe/prompts": "\n".join(f"{i}. {p}" for i, p in enumerate(probe.prompts, 1))}, start)
         if self.live and not probe.scorers:
             log.warning("log_with: the probe has no probe_reward and no probe_metrics, so it makes no pictures to show")
+
+    def _begin(self, tracker: GeneralTracker, settings: dict, first: bool) -> None:
+        """As Accelerator.init_trackers, one by one. Where a run goes on, what cannot start is left out."""
+        try:
+            tracker.start()
+            tracker.store_init_configuration(settings)
+        except _failures() as error:
+            said = f"log_with names {tracker.name}, but {_first_line(error)}"
+            if first:
+                how = "set WANDB_MODE=offline" if tracker.name == "wandb" else "make room"
+                raise UserError(
+                    f"{said}; {how}, or leave {tracker.name} out, and run the same command again."
+                ) from error
+            log.warning("%s; this run goes on without it", said)
+        else:
+            self.live.append(tracker)
 
     def update(self, done: int, values: dict, learning_rate: float) -> None:
         """After an update: what train.jsonl tells of it."""

@@ -338,12 +338,14 @@ def test_a_run_that_starts_anew_starts_its_curves_anew_and_one_that_goes_on_keep
 
 def test_what_cannot_start_is_a_sentence_before_training_and_a_warning_where_it_goes_on(tmp_path, caplog):
     (tmp_path / "tensorboard").write_text("in the way")
-    with pytest.raises(UserError, match="log_with names tensorboard, but .*File exists.*or leave it out") as caught:
+    with pytest.raises(
+        UserError, match="log_with names tensorboard, but .*File exists.*; make room, or leave tensorboard out"
+    ) as caught:
         session(tmp_path)
     assert "\n" not in str(caught.value)
     found, _ = session(tmp_path, 3)
     found.update(4, {"loss": 1.0}, 1e-3)
-    assert "this run goes on without" in caplog.messages[-1]
+    assert "this run goes on without it" in caplog.messages[-1]
 
 
 def test_a_probe_without_scorers_says_that_it_shows_nothing(tmp_path, caplog):
