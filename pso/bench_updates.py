@@ -207,7 +207,7 @@ class Pair:
         rates = {"lr": 1e-5, "weight_decay": 1e-6}
         optimizer = torch.optim.AdamW(policy.lora_parameters(), **rates, fused=self.device.type == "cuda")
         silent = SimpleNamespace(update=lambda *_: None, at=lambda *_: None)
-        return Loop(self.name, tuning, given, source, None, objective, optimizer, None, silent, silent)
+        return Loop(self.name, tuning, given, source, None, objective, optimizer, None, silent, silent, silent)
 
     def sampled(self) -> list[Batch]:
         """Sets of transitions; where a pair is one transition, those of a trajectory are pairs of their own."""

@@ -146,6 +146,7 @@ def load(overrides: dict | None = None, folder: Path = CONFIG_DIR) -> Config:
         {
             "seeds": top.get("seeds"),
             "tables": entries["scales"][scale].default_tables if asked is None else asked,
+            "log_with": top.get("log_with", []),
             "scale": scale,
             "scale_entry": entries["scales"][scale],
             "table_entries": entries.pop("tables"),

@@ -321,6 +321,9 @@ class Config(Strict):
     scale: Name
     seeds: list[WholeNumber]  # training seeds
     tables: list[Name]
+    log_with: list[
+        Literal["tensorboard", "wandb"]
+    ] = []  # where curves of runs go beside train.jsonl; decides no result
     scale_entry: ScaleEntry
     models: dict[Name, ModelEntry]
     methods: dict[Name, MethodEntry]
@@ -341,4 +344,4 @@ ENTRIES = {
     "tables": TableEntry,
     "claims": ClaimEntry,
 }
-TOP_LEVEL = {"scale", "seeds", "tables"}
+TOP_LEVEL = {"scale", "seeds", "tables", "log_with"}

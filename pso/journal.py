@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from pathlib import Path
 
@@ -18,7 +19,9 @@ class Journal:
 
     def __init__(self, path: Path, start: int, planned: int):
         self.path, self.start, self.planned, self.last = path, start, planned, {}
-        kept = [line for line in _lines(path) if start and _update_of(line) <= start]
+        lines = [(_update_of(line), line) for line in _lines(path)]
+        self.reached = max((update for update, _ in lines if update < math.inf), default=0)  # by earlier sessions
+        kept = [line for update, line in lines if start and update <= start]
         with atomic(path) as part:
             part.write_text("".join(f"{line}\n" for line in kept))
         self.began = self.printed = time.monotonic()
@@ -49,4 +52,4 @@ def _update_of(line: str) -> float:
     try:
         return json.loads(line)["update"]
     except (ValueError, TypeError, KeyError):
-        return float("inf")
+        return math.inf

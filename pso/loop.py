@@ -19,6 +19,7 @@ from pso.ranks import Ranks
 from pso.sources import Given
 from pso.stopping import EXIT_CODE, Stopping
 from pso.timeline import Timeline
+from pso.trackers import Trackers
 
 log = logging.getLogger("tune")
 T = TypeVar("T")
@@ -39,6 +40,7 @@ class Loop:
     checkpoints: Checkpoints
     journal: Journal | None  # of the main process
     timeline: Timeline | None
+    trackers: Trackers | None
 
     @property
     def ranks(self) -> Ranks:
@@ -81,11 +83,14 @@ class Loop:
         if self.ranks.main:
             self.journal.update(number + 1, found)
             self.timeline.at(number + 1)
+            self.trackers.update(number + 1, found, self.optimizer.param_groups[0]["lr"])
 
     def look(self, done: int) -> None:
         """What the sampler does now. One process looks, the others wait for its gradients."""
         if self.ranks.main:
-            self.journal.write({"event": "probe", "update": done, **retried(self.probe, self.sample_fewer)})
+            found = retried(self.probe, self.sample_fewer)
+            self.journal.write({"event": "probe", "update": done, **found})
+            self.trackers.probe(done, found, self.probe)
 
     def keep(self, done: int) -> None:
         """A checkpoint; all processes count."""
@@ -103,6 +108,7 @@ class Loop:
     def stop(self, done: int, signal: str) -> None:
         if self.ranks.main:
             self.timeline.stopped(done, signal)
+            self.trackers.end()
         log.warning(
             "%s: stopped after update %d of %d, which is kept; the same command goes on from there",
             signal, done, self.tuning.num_updates,

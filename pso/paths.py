@@ -3,6 +3,7 @@
 results/{scale}/{task}/{model}/{method}/seed{seed}/          one run; task of a subject: concept/{subject}
     lora/pytorch_lora_weights.safetensors  lora/README.md
     run.json  config.yaml  train.jsonl  timeline.jsonl  tune.log  state/
+    tensorboard/  wandb/                                     where `log_with` names them
     images/{eval_set}/steps{n}/shard{k}.parquet
     scores/{eval_set}/steps{n}/{metric}.parquet
 results/{scale}/{task}/{model}/images.json scores.json       all runs of a model and task, all subjects together

@@ -26,10 +26,16 @@ class Probe:
         self.policy, self.chain, self.prompts, self.micro_batch = policy, chain, prompts, micro_batch
         self.condition, self.reward, self.metrics = condition, reward, metrics
         self.keys = [("probe", i) for i in range(len(prompts))]
+        self.keeps_pictures, self.pictures = False, []  # of the last call, where somebody shows them (pso/trackers.py)
+
+    @property
+    def scorers(self) -> dict:
+        """By the names under which their means are told; without any no picture is made."""
+        return {**self.metrics, **({} if self.reward is None else {"reward": self.reward})}
 
     @torch.no_grad()
     def __call__(self) -> dict:
-        scorers = {**self.metrics, **({} if self.reward is None else {"reward": self.reward})}
+        scorers = self.scorers
         sampled = rollouts(
             self.policy, self.chain, self.condition, self.keys, to_x0=bool(scorers), micro_batch=self.micro_batch
         )
@@ -39,6 +45,7 @@ class Probe:
         if not scorers:
             return found
         images = to_images(torch.cat([pictures for _, pictures in parts]))
+        self.pictures = images if self.keeps_pictures else []
         means = {name: scorer.score(images, self.prompts).mean().item() for name, scorer in scorers.items()}
         return found | ({"reward": means.pop("reward")} if self.reward is not None else {}) | {"metrics": means}
 

@@ -145,7 +145,7 @@ def digest(content: Any) -> str:
 # Plumbing: what it passes on stands in a rule's params, and it changes no number.
 NOT_COUNTED = {
     *("pso", "pso.provenance", "pso.paths", "pso.config", "pso.checks", "pso.entries", "pso.runs", "pso.hub"),
-    *("pso.strict", "pso.standin_entries", "pso.steps", "pso.params"),
+    *("pso.strict", "pso.standin_entries", "pso.steps", "pso.params", "pso.trackers"),
 }
 
 

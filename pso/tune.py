@@ -2,9 +2,10 @@
 
     python -m pso.tune --model sdxl_dmd2 --method pso_offline --seed 0
 
-Writes the LoRA in diffusers' layout, run.json, config.yaml and train.jsonl. state/ holds the last two
-checkpoints until the LoRA is there; the same command after an interruption continues bit for bit. Asked to stop by
-SIGTERM, SIGUSR1 or Ctrl-C it ends the update, keeps a checkpoint and exits with 75. On several GPUs:
+Writes the LoRA in diffusers' layout, run.json, config.yaml and train.jsonl; to tensorboard/ and wandb/ what `log_with`
+asks for. state/ holds the last two checkpoints until the LoRA is there; the same command after an interruption
+continues bit for bit. Asked to stop by SIGTERM, SIGUSR1 or Ctrl-C it ends the update, keeps a checkpoint and exits with
+75. On several GPUs:
 
     torchrun --standalone --nproc-per-node 4 -m pso.tune --model sdxl_dmd2 --method pso_offline --seed 0
 """
@@ -47,6 +48,7 @@ from pso.ranks import Ranks
 from pso.runs import off_before
 from pso.timeline import NAME as TIMELINE
 from pso.timeline import Timeline
+from pso.trackers import Trackers, asked, refuse_wandb_without_key
 from pso.training_data import give_data
 from pso.visits import probed
 
@@ -178,14 +180,16 @@ def tune(run: Run, ranks: Ranks) -> None:
     start = restored(checkpoints, ranks, policy, optimizer, source)
     objective = Objective(module, given.cfg, policy, source.chain, tuning.micro_batch, ranks)
     objective.memo = memo_of(run, given, source, ranks)
-    journal, timeline = None, None
+    journal, timeline, trackers = None, None, None
     if ranks.main:
         journal = Journal(run.folder / "train.jsonl", start, tuning.num_updates)
         timeline = Timeline(run.folder / TIMELINE)
         gpus = ranks.count if ranks.accelerator.device.type == "cuda" else 0
         timeline.began(start, tuning.num_updates, ranks.count, gpus)
+        trackers = Trackers(ranks.accelerator, run.folder, settings, made_from, start, journal.reached, probe)
     with prefetched(source, policy.device, tuning.num_updates) as batches:
-        loop = Loop(run.method, tuning, given, batches, probe, objective, optimizer, checkpoints, journal, timeline)
+        told = journal, timeline, trackers
+        loop = Loop(run.method, tuning, given, batches, probe, objective, optimizer, checkpoints, *told)
         counts = loop(start)
     if not ranks.main:
         return
@@ -199,6 +203,7 @@ def tune(run: Run, ranks: Ranks) -> None:
         part.write_text(yaml.safe_dump(settings, sort_keys=False))
     checkpoints.finish()
     timeline.ended(tuning.num_updates)
+    trackers.end()
 
 
 def restored(checkpoints: Checkpoints, ranks: Ranks, policy: Policy, optimizer, source) -> int:
@@ -273,9 +278,12 @@ def main() -> None:
             if name not in known:
                 hint = " (nothing is trained for it)" if name == UNTUNED else ""
                 raise ConfigError(f"--{kind[:-1]} is {name!r}{hint}; expected one of {', '.join(known)}.")
-        ranks = Ranks(Accelerator(cpu=not torch.cuda.is_available()))
-        refuse_idle_processes(config, args.method, ranks)
         folder = run_dir(config.scale, args.task, args.model, args.method, args.seed, args.results)
+        trackers = asked(config.log_with, folder, folder.relative_to(args.results).as_posix())
+        ranks = Ranks(Accelerator(cpu=not torch.cuda.is_available(), log_with=trackers))
+        refuse_idle_processes(config, args.method, ranks)
+        if ranks.main:
+            refuse_wandb_without_key(config.log_with)
         with locked(folder / LOCK) if ranks.main else contextlib.nullcontext():
             say(folder / "tune.log", ranks)
             for line in off_before(config, args.task, args.model, args.results):

@@ -194,6 +194,7 @@ WRONG = [  # field, value, how the sentence shows it, what was expected
     ("scales.miniature.dtype", "float8", "'float8' (text)", "'float32'"),
     ("seeds", 0, "0", "a list"),
     ("tables", "table1", "'table1' (text)", "a list"),
+    ("log_with", "wandb", "'wandb' (text)", "a list"),
 ]
 
 
@@ -231,6 +232,11 @@ def test_a_name_without_an_entry_is_answered_with_one_that_has(field, wrong, cal
     shown = wrong[0] if isinstance(wrong, list) else wrong
     assert text.startswith(called) and offered in text.split(";")[1], text
     assert repr(shown) in text or repr(shown.get("model")) in text or repr(shown.get("method")) in text
+
+
+def test_an_unknown_tracker_is_answered_with_those_there_are():
+    text = refusal({"log_with": ["tensorbord"]})
+    assert text == "config.log_with.0 is 'tensorbord' (text); expected 'tensorboard' or 'wandb'."
 
 
 def test_a_row_with_numbers_needs_model_and_method():

@@ -156,7 +156,7 @@ def online(policy, micro_batch: int) -> tuple[Given, OnlinePairs]:
 def loop_of(given: Given, source) -> Loop:
     objective = SimpleNamespace(ranks=Ranks())
     probe = SimpleNamespace(micro_batch=given.micro_batch)
-    return Loop("m", None, given, source, probe, objective, None, None, None, None)
+    return Loop("m", None, given, source, probe, objective, None, None, None, None, None)
 
 
 def test_fewer_pictures_at_a_time_are_the_same_pictures(caplog):
