@@ -23,6 +23,7 @@ from eval.sections.tables import minus
 TITLE = "Claims"
 WHY_NONE = "No claim has been judged yet; `snakemake --cores 2 claims` does it."
 KINDS = {HOLDS: "agrees", FAILS: "disagrees", INCONCLUSIVE: "open"}
+PLURAL = {HOLDS: "hold", FAILS: "fail", INCONCLUSIVE: "inconclusive"}
 
 
 def section(context: Context) -> str | None:
@@ -38,8 +39,9 @@ def section(context: Context) -> str | None:
         total=len(found),
         counts=verdict_counts(found),
         kinds=KINDS,
+        plural=PLURAL,
         printed=Counter(entry["paper"]["verdict"] for entry in found),
-        false=[{"id": e["id"], "text": e["text"], "cells": printed_cells(e)} for e in found if is_false(e)],
+        contradicted=[{"id": e["id"], "text": e["text"], "cells": printed_cells(e)} for e in found if is_false(e)],
         false_in_paper=FALSE_IN_PAPER,
         doubts=doubts_of(found),
         doubts_are=DOUBTS,

@@ -1,4 +1,4 @@
-"""What all of it took: network calls, seconds and memory, by stage and by job, from the records of the jobs. No torch."""
+"""What all of it took: network calls, seconds and memory, by stage and by job, from the jobs' records. No torch."""
 
 import pandas as pd
 
@@ -57,4 +57,6 @@ def _sum(lines: pd.DataFrame) -> pd.Series:
 
 def _texts(line: pd.Series, shown: dict) -> list[str]:
     """The numbers as text; empty where a job has no such number, or 0 of what it only counts."""
-    return [f"{line[name]:{form}}" if pd.notna(line[name]) and line[name] != 0 else "" for name, (_, form) in shown.items()]
+    return [
+        f"{line[name]:{form}}" if pd.notna(line[name]) and line[name] != 0 else "" for name, (_, form) in shown.items()
+    ]

@@ -6,7 +6,6 @@ const all = (selector, inside = document) => [...inside.querySelectorAll(selecto
 // ---- light, dark, or as the system has it
 
 const themes = ["", "light", "dark"];
-const themeNames = { "": "as the system", light: "light", dark: "dark" };
 const themeButton = document.querySelector("#theme");
 themeButton.hidden = false;
 themeButton.addEventListener("click", () => {
@@ -14,7 +13,7 @@ themeButton.addEventListener("click", () => {
   const next = themes[(themes.indexOf(now) + 1) % themes.length];
   if (next) document.documentElement.dataset.theme = next;
   else delete document.documentElement.dataset.theme;
-  themeButton.textContent = `Colours: ${themeNames[next]}`;
+  themeButton.querySelector(".now").textContent = next || "auto";
 });
 
 // ---- which section is in sight
