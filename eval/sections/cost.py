@@ -45,6 +45,8 @@ def costs(records: dict[str, dict]) -> pd.DataFrame:
     lines = []
     for job, record in records.items():
         line = {"job": job, "stage": stage(job), **record["cost"]}
+        if record["job"] != "generate":
+            line.pop("images", None)  # of a score job: those that it looked at
         if record["hardware"].get("gpus"):
             line["gpu_hours"] = record.get("processes", 1) * line["wall_s"] / 3600
         lines.append(line)
