@@ -24,8 +24,8 @@ from pso.provenance import UserError
 FOLDER = Path(__file__).resolve().parent
 INLINE = (  # the Markdown that our sentences hold
     (r"`([^`]+)`", r"<code>\1</code>"),
-    (r"\*\*([^*]+)\*\*", r"<strong>\1</strong>"),
-    (r"\*([^*]+)\*", r"<em>\1</em>"),
+    (r"\*\*(?! )([^*]+)(?<! )\*\*", r"<strong>\1</strong>"),
+    (r"\*(?! )([^*]+)(?<! )\*", r"<em>\1</em>"),
 )
 
 

@@ -65,7 +65,7 @@ def _table(context: Context, name: str) -> dict:
             "why": f"results/{config.scale}/tables/{name}.csv lacks {lacking}, so it is of other settings; "
             "`snakemake --cores 2` makes it again."
         }
-    frame = frame.fillna({"dropped": "", "status": ""})
+    frame = frame.astype({"dropped": object, "status": object}).fillna({"dropped": "", "status": ""})
     found = context.diff(name)
     beside = Beside(name, found)
     panels = [("", table.metrics), ("Columns that are not in the paper", table.extra_metrics)]
