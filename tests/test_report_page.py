@@ -105,10 +105,26 @@ def serious(page, options: dict | None = None) -> list[tuple[str, str]]:
     return [(one["id"], one["nodes"][0]["html"][:200]) for one in found if one["impact"] in ("serious", "critical")]
 
 
+# axe takes minutes for ten thousand elements; what a template repeats is the same, so a few of each are looked at
+FEW = """() => {
+  for (const one of document.querySelectorAll("tbody, ul, ol, dl.facts, .grid-cards, .strip, #claim-groups")) {
+    [...one.children].slice(4, -2).forEach((child) => child.remove());
+  }
+  const details = new Map();
+  for (const one of document.querySelectorAll("details")) {
+    const number = details.get(one.parentElement) || 0;
+    details.set(one.parentElement, number + 1);
+    if (number < 3) one.open = true;
+    else one.remove();
+  }
+}"""
+
+
 @pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_axe_finds_nothing_serious(browser, whole, viewport):
     with Opened(browser, whole, viewport=viewport, color_scheme="light") as page:
-        page.locator("details").evaluate_all("all => all.slice(0, 12).forEach((one) => { one.open = true; })")
+        page.evaluate(FEW)
+        assert page.locator("main > section").count() >= 5 and page.locator(".verdict:visible").count() > 50
         assert serious(page) == []
         page.emulate_media(color_scheme="dark")
         assert serious(page, {"runOnly": ["color-contrast"]}) == []  # the one rule that colours decide
