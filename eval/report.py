@@ -10,13 +10,15 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from eval.sections import claims, cost, overview, provenance, tables
 from eval.sections.page import FOLDER, Context, render
 from eval.tables import scale_sentence
 from pso.config import add_arguments, from_arguments
 from pso.paths import RESULTS, scale_dir
 from pso.provenance import atomic, sentences
 
-SECTIONS = ()  # modules of eval/sections (imported by name: their code is part of the rule's), in the order of the page
+# in the order of the page; imported by name, so that their code is part of the rule's
+SECTIONS = (overview, tables, claims, cost, provenance)
 
 
 def page(context: Context) -> str:

@@ -27,7 +27,8 @@ TORCH_FREE = [
         f"eval.{name}"
         for name in (
             *("stats", "scores", "tables", "diff", "claims", "figures", "grids", "curves", "cost", "readme"),
-            *("paper", "untuned", "calibrate", "run_notes", "compare"),
+            *("paper", "untuned", "calibrate", "run_notes", "compare", "report"),
+            *(f"sections.{part}" for part in ("page", "overview", "tables", "claims", "cost", "provenance")),
         )
     ),
     *(
