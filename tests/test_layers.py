@@ -27,7 +27,7 @@ TORCH_FREE = [
         f"eval.{name}"
         for name in (
             *("stats", "scores", "tables", "compare", "claims", "figures", "grids", "curves", "cost", "readme"),
-            *("paper", "untuned", "calibrate", "run_notes"),
+            *("paper", "untuned", "calibrate", "run_notes", "wins", "style"),
         )
     ),
     *(
