@@ -8,10 +8,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
+from matplotlib.artist import Artist
+from matplotlib.backend_bases import RendererBase
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
+from eval import style
 from eval.scores import run_folders, table_entry
+from eval.tables import scale_sentence
 from pso import paths
 from pso.dreambooth import load_subject
 from pso.entries import Config, Row
@@ -87,16 +91,17 @@ def enlarged(data: bytes, side: int) -> np.ndarray:
 # ---- what a figure shows ----
 
 
-def samples(config: Config, results: Path, grid: Grid) -> Figure:
+@style.look()
+def samples(config: Config, results: Path, grid: Grid) -> style.Drawn:
     """The same prompts for every row."""
     task = table_entry(config, grid.table).task
     prompt_ids, image_seed, images = _images(config, results, task, grid)
     lines = [Line(images[0].loc[one, "prompt"], [frame.loc[one, "png"] for frame in images]) for one in prompt_ids]
-    foot = _told(config, grid, f"image seed {image_seed}; the same prompt and noise in a line.")
-    return sheet(_titles(grid), lines, foot)
+    return _drawn(config, grid, [], lines, f"image seed {image_seed}; the same prompt and noise in a line.")
 
 
-def of_subjects(config: Config, results: Path, grid: Grid) -> Figure:
+@style.look()
+def of_subjects(config: Config, results: Path, grid: Grid) -> style.Drawn:
     """Real pictures of each subject beside one sample of every row, each subject with another prompt."""
     table, dataset = table_entry(config, grid.table), config.datasets[grid.eval_set]
     hub, lines, seeds = Hub(hub_dir(config.scale, results)), [], set()
@@ -111,7 +116,7 @@ def of_subjects(config: Config, results: Path, grid: Grid) -> Figure:
     told = f"image seed {min(seeds)}; the same prompt and noise in a line."
     if len(table.subjects) > len(lines):
         told += f" {len(lines)} of {len(table.subjects)} subjects."
-    return sheet([*REAL, *_titles(grid)], lines, _told(config, grid, told))
+    return _drawn(config, grid, [*REAL], lines, told)
 
 
 def _images(config: Config, results: Path, task: str, grid: Grid) -> tuple[list[str], int, list[pd.DataFrame]]:
@@ -133,13 +138,37 @@ def _titles(grid: Grid) -> list[str]:
     ]
 
 
-def _told(config: Config, grid: Grid, more: str) -> str:
+def _drawn(config: Config, grid: Grid, real: list[str], lines: list[Line], more: str) -> style.Drawn:
     count = left_out(table_entry(config, grid.table))
-    told = f"Scale {config.scale}, {grid.eval_set}, {more} {grid.shows}"
-    return told + (f" {count} rows of {grid.table} have no images yet." if count else "")
+    told = f"{grid.eval_set}, {more} {grid.shows}"
+    told += f" {count} rows of {grid.table} have no images yet." if count else ""
+    titles = [*real, *_titles(grid)]
+    figure = sheet(titles, lines, f"Scale {config.scale}, {told}")
+    columns = ", ".join(" ".join(title.split()) for title in titles)
+    caption = f"Samples of {grid.table}, from left to right: {columns}. {told[0].upper()}{told[1:]}"
+    return style.Drawn(
+        grid.name, figure, f"Samples of {grid.table}, {grid.eval_set}", f"{caption} {scale_sentence(config)}"
+    )
 
 
 # ---- drawing ----
+
+
+class Picture(Artist):
+    """Pixels of a figure of DPI; left and bottom in its pixels. In a PNG each is one pixel, a PDF has them as they are:
+    matplotlib's own kinds of pictures are resampled for it."""
+
+    def __init__(self, pixels: np.ndarray, left: int, bottom: int) -> None:
+        super().__init__()
+        self.pixels, self.left, self.bottom = pixels, left, bottom
+
+    def draw(self, renderer: RendererBase) -> None:
+        height, width, _ = self.pixels.shape
+        opaque = np.dstack([self.pixels, np.full((height, width), 255, np.uint8)])[::-1]  # from below
+        factor = self.get_figure(root=True).dpi / DPI  # of a PDF 72 / DPI
+        context = renderer.new_gc()
+        renderer.draw_image(context, self.left * factor, self.bottom * factor, opaque)
+        context.restore()
 
 
 def sheet(titles: list[str], lines: list[Line], foot: str) -> Figure:
@@ -152,7 +181,7 @@ def sheet(titles: list[str], lines: list[Line], foot: str) -> Figure:
 
     def text(x: float, y: float, content: str, chars: float, most: int, **how) -> None:
         wrapped = textwrap.wrap(content, max(int(chars), 8), max_lines=most, placeholder=" ...", break_on_hyphens=False)
-        how = {"fontsize": 10, "va": "center", "parse_math": False} | how
+        how = {"fontsize": 10, "va": "center", "color": style.INK} | how
         figure.text(x / total[0], y / total[1], "\n".join(wrapped), **how)
 
     for i, (line, row) in enumerate(zip(lines, pictures, strict=True)):
@@ -160,8 +189,8 @@ def sheet(titles: list[str], lines: list[Line], foot: str) -> Figure:
         text(GAP, bottom + width / 2, line.text, LABEL / 8, int(width / 17))
         for k, picture in enumerate(row):
             if picture is not None:
-                figure.figimage(picture, LABEL + k * (width + GAP), bottom, origin="upper")
+                figure.add_artist(Picture(picture, LABEL + k * (width + GAP), bottom))
     for k, title in enumerate(titles):
         text(LABEL + k * (width + GAP) + width / 2, total[1] - HEAD / 2 - 6, title, width / 8.6, 4, ha="center")
-    text(GAP, FOOT / 2, foot, total[0] / 6.2, 2, fontsize=8, color="#444444")
+    text(GAP, FOOT / 2, foot, total[0] / 6.2, 2, fontsize=8, alpha=0.75)
     return figure

@@ -9,19 +9,23 @@ that lines are told apart in grey too. No torch.
 import functools
 import io
 import re
+import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from pso.entries import Config
 from pso.provenance import atomic
 
 matplotlib.use("Agg")
 
-DPI = 100
+DPI = 160
+WIDTH = 8.0  # inches: as wide as a page of print, where it is made a little smaller
 INK = "#000000"  # text and axes; the reader's own colour of text in a page (svg)
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, INK)
@@ -44,11 +48,12 @@ UNTUNED_LINE = {"color": INK, "alpha": 0.6, "linestyle": (0, (2, 2)), "linewidth
 LOOK = {
     "figure.dpi": DPI,
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same on every machine
-    "font.size": 10,
-    "axes.titlesize": 11,
+    "font.size": 9,
+    "text.parse_math": False,  # a label may have a dollar sign
+    "axes.titlesize": 10,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.labelsize": 10,
+    "axes.labelsize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -56,10 +61,10 @@ LOOK = {
     "grid.color": INK,
     "grid.alpha": 0.15,
     "grid.linewidth": 0.8,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 5.5,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 5,
     "legend.frameon": False,
-    "legend.fontsize": 10,
+    "legend.fontsize": 9,
     "legend.handlelength": 3.4,  # shows a dash whole
     "pdf.fonttype": 42,  # text that can be searched and edited
     "svg.fonttype": "none",
@@ -70,6 +75,22 @@ FORMATS = {  # no date and no version in a file: the same input gives the same b
 }
 
 look = functools.partial(matplotlib.rc_context, LOOK)  # `with look():`, or `@look()` on what draws a figure
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure under its name, and what is said of it where it stands: in a document or a page."""
+
+    name: str
+    figure: Figure
+    title: str
+    caption: str
+
+
+def head(figure: Figure, text: str) -> None:
+    """What has to be known of a figure that travels alone, above its panels."""
+    lines = textwrap.wrap(text, int(figure.get_figwidth() * 15.5), break_on_hyphens=False)
+    figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=8.5)
 
 
 def method_style(config: Config, method: str) -> dict[str, Any]:
@@ -96,7 +117,12 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def _settle(figure: Figure) -> None:
-    """Lay the figure out once: a layout that is found again for every file is another one each time."""
+    """Lay the figure out once: a layout that is found again for every file is another one each time.
+
+    No ligatures: a PDF would take a second font file for them.
+    """
+    for text in figure.findobj(Text):
+        text.set_fontfeatures(("-liga",))
     if figure.get_layout_engine() is not None:
         with look():
             figure.draw_without_rendering()
@@ -145,6 +171,7 @@ def svg(figure: Figure, name: str, title: str, description: str) -> str:
 def _plain(element: ElementTree.Element) -> None:
     """Attributes in place of a style, no namespaces, no family of fonts, two decimals, the page's colour for ink."""
     element.tag, element.tail = NAMESPACE.sub("", element.tag), "\n"
+    element.text = element.text if element.tag == "text" else None
     found = {NAMESPACE.sub("", key): value for key, value in element.attrib.items()}
     for part in filter(str.strip, found.pop("style", "").split(";")):
         key, _, value = part.partition(":")
@@ -157,10 +184,6 @@ def _plain(element: ElementTree.Element) -> None:
             short = NUMBER.sub(lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), value)
             found[key] = " ".join(short.split())
     element.attrib = found
-    if element.tag == "tspan":
-        element.tail = None
-    elif element.tag != "text" or len(element):
-        element.text = None
 
 
 def _rename(drawn: ElementTree.Element, name: str) -> None:

@@ -1,5 +1,6 @@
 """Win rates of all rows of a table: against eval.stats.win_rate pair by pair, ends, strata, what is refused."""
 
+import matplotlib.colors
 import numpy as np
 import pytest
 import test_figures as concept_tree
@@ -7,8 +8,10 @@ from synthetic import NAIVE, ROWS, config, frame, scores_path, table, write_scor
 
 from eval.scores import find_row, pair, read_scores, units
 from eval.stats import strata_of, win_rate
+from eval.win_maps import cell_colours, win_map
 from eval.wins import COLUMNS, shares, win_rates
-from pso import paths
+from pso import figures, paths
+from pso.config import load
 from pso.provenance import UserError
 
 SET = "pickapic_test"
@@ -94,3 +97,56 @@ def test_one_row_has_no_pairs(tmp_path):
     write_tree(cfg, tmp_path)
     found = win_rates(cfg, tmp_path, "table1", "pick_score", SET)
     assert found.empty and list(found.columns) == COLUMNS
+
+
+# ---- the map ----
+
+
+def test_a_map_shows_every_rate_and_marks_what_is_clear(tmp_path):
+    cfg = config()
+    write_tree(cfg, tmp_path)
+    (shown,) = figures.matrices(cfg)
+    drawn = win_map(cfg, tmp_path, shown)
+    assert shown.metrics == ("pick_score", "clip_score") and shown.name == "win_rates_table1"
+    labels = [row.label for row in shown.rows]
+    for metric, panel in zip(shown.metrics, drawn.figure.axes, strict=True):
+        found = win_rates(cfg, tmp_path, "table1", metric, SET).set_index(["left", "right"])
+        cells = {text.get_position(): text for text in panel.texts}
+        assert len(cells) == len(labels) * (len(labels) - 1)
+        for (x, y), text in cells.items():
+            line = found.loc[(labels[int(y)], labels[int(x)])]
+            assert text.get_text() == f"{100 * line['win_rate']:.0f}"
+            assert (text.get_weight() == "bold") == (line["low"] > 0.5 or line["high"] < 0.5)
+        assert {text.get_weight() for text in cells.values()} == {"bold", "normal"}
+        # the row stands above the column: the axis begins at the top
+        assert panel.get_ylim()[0] > panel.get_ylim()[1]
+    assert "30 prompts" in drawn.title and drawn.caption.endswith("Scale miniature: a stand-in world.")
+
+
+def test_numbers_are_read_on_their_cells():
+    """Contrast of at least 4.5 (WCAG AA) at every rate."""
+
+    def luminance(colour) -> float:
+        rgb = np.array(matplotlib.colors.to_rgb(colour))
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        return float(linear @ (0.2126, 0.7152, 0.0722))
+
+    for rate in range(101):
+        back, front = (luminance(colour) for colour in cell_colours(rate))
+        assert (max(back, front) + 0.05) / (min(back, front) + 0.05) >= 4.5, rate
+
+
+@pytest.mark.parametrize(
+    ("tables", "expected"),
+    [
+        (["table1"], {"win_rates_table1": 16}),
+        (["table2"], {"win_rates_table2": 12}),
+        (
+            ["extended"],
+            {f"win_rates_extended_{m}": n for m, n in (("sdxl_dmd2", 6), ("sdxl_lcm", 11), ("sdxl_turbo", 12))},
+        ),
+    ],
+)
+def test_a_table_with_many_rows_shows_those_of_few_steps_or_of_each_model(tables, expected):
+    found = figures.matrices(load({"tables": tables}))
+    assert {shown.name: len(shown.rows) for shown in found} == expected
