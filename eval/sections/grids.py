@@ -25,9 +25,8 @@ from pso.paths import subject_of
 
 TITLE = "Images of the same noise"
 WHY_NONE = "No row of the tables asked for has images yet."
-SIDE = 192  # px of a picture in the page at most
-WIDTH = 160  # px that it takes there; smaller ones are enlarged by a whole number
-BUDGET = 10_000_000  # characters of pictures in the page
+SIDE = 160  # px of a picture in the page: smaller ones are enlarged by a whole number
+BUDGET = 11_000_000  # characters of pictures in the page
 DIGITS = 3  # after the point at most: one picture's score varies more than a mean
 
 
@@ -89,9 +88,8 @@ def picture(data: bytes) -> Picture:
         file, kind = io.BytesIO(), "image/webp"
         image.save(file, "WEBP", lossless=True, method=2)
         data = file.getvalue()
-    times = max(WIDTH // max(image.size), 1)
-    shown = [side * times if times > 1 else round(side * min(WIDTH / max(image.size), 1)) for side in image.size]
-    return Picture(data_uri(data, kind), *shown, original, reduced)
+    times = SIDE // max(image.size)
+    return Picture(data_uri(data, kind), image.width * times, image.height * times, original, reduced)
 
 
 def _cards(grid: Grid, line: Line, scores: ShownScores) -> list[dict]:
