@@ -19,7 +19,7 @@ from eval.tables import scale_sentence
 from pso import paths
 from pso.dreambooth import load_subject
 from pso.entries import Config, Row
-from pso.figures import Grid, left_out, short
+from pso.figures import Grid, left_out, short_labels
 from pso.hub import Hub, hub_dir
 from pso.provenance import UserError
 
@@ -144,12 +144,10 @@ def _images(config: Config, results: Path, task: str, grid: Grid) -> tuple[list[
 
 def titles(grid: Grid) -> list[str]:
     """Short labels; the steps too where they differ, the model too where one label would stand twice."""
-    names = [short(row.label) for row in grid.rows]
-    names = [row.label if names.count(name) > 1 else name for name, row in zip(names, grid.rows, strict=True)]
     several = len({row.steps for row in grid.rows}) > 1
     return [
         f"{name} ({row.steps}\N{NO-BREAK SPACE}steps)" if several else name
-        for name, row in zip(names, grid.rows, strict=True)
+        for name, row in zip(short_labels(grid.rows), grid.rows, strict=True)
     ]
 
 

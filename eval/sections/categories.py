@@ -9,13 +9,14 @@ from markupsafe import Markup
 
 from eval.compare import Reader
 from eval.scores import metric_title, pair, table_entry
-from eval.sections.judges import judged, marked, short_labels, two_first, untuned_of
+from eval.sections.judges import judged, marked, two_first, untuned_of
 from eval.sections.page import Context, render
 from eval.stats import prompt_means
 from eval.tables import DASH, TRAINED_ON, digits
 from eval.wins import mean_intervals
 from pso.data import load_prompts
 from pso.entries import Row
+from pso.figures import short_labels
 from pso.hub import Hub, hub_dir
 from pso.provenance import UserError
 

@@ -2,7 +2,6 @@
 
 from eval.tables import TRAINED_ON, all_metrics
 from pso.entries import UNTUNED, Config, Row, TableEntry
-from pso.figures import short
 from pso.runs import metric_missing
 
 BESIDE = (
@@ -39,12 +38,6 @@ def reward_of(config: Config, row: Row) -> str | None:
 def marked(config: Config, row: Row, metric: str, label: str) -> str:
     """The label, with a sign where the metric was the row's training reward."""
     return f"{label} {TRAINED_ON}" if reward_of(config, row) == metric else label
-
-
-def short_labels(rows: list[Row]) -> list[str]:
-    """Labels without the model, where none of them would stand twice."""
-    names = [short(row.label) for row in rows]
-    return [row.label if names.count(name) > 1 else name for name, row in zip(names, rows, strict=True)]
 
 
 def untuned_of(table: TableEntry, row: Row) -> Row | None:

@@ -4,11 +4,12 @@ import pandas as pd
 from markupsafe import Markup
 
 from eval.scores import metric_title, table_entry
-from eval.sections.judges import judged, marked, short_labels, two_first
+from eval.sections.judges import judged, marked, two_first
 from eval.sections.page import Context, render
 from eval.tables import TRAINED_ON, resampled
 from eval.wins import win_rates
 from pso.entries import UNTUNED, Config, Row, TableEntry
+from pso.figures import short_labels
 
 TITLE = "Win rates"
 WHY_NONE = "No table asked for has two rows that could be held against each other."
