@@ -9,14 +9,14 @@ from markupsafe import Markup
 
 from eval.compare import Reader
 from eval.scores import metric_title, pair, table_entry
-from eval.sections.judges import judged, marked, two_first, untuned_of
+from eval.sections.judges import judged, marked, untuned_of
 from eval.sections.page import Context, render
 from eval.stats import prompt_means
 from eval.tables import DASH, TRAINED_ON, digits
 from eval.wins import mean_intervals
 from pso.data import load_prompts
 from pso.entries import Row
-from pso.figures import short_labels
+from pso.figures import judges, short_labels
 from pso.hub import Hub, hub_dir
 from pso.provenance import UserError
 
@@ -103,7 +103,8 @@ def intervals(context: Context, values: np.ndarray, places: np.ndarray) -> np.nd
 def block(context: Context, name: str, eval_set: str, rows: list[Row]) -> dict:
     """One table on one eval set."""
     config, table = context.config, table_entry(context.config, name)
-    metrics, first = judged(config, table), two_first(config, table)
+    metrics = judged(config, table)
+    first = judges(metrics)
     prompt_ids, values = differences(context, name, eval_set, rows, metrics)
     of = labels(context, eval_set, prompt_ids)
     every = columns(of)

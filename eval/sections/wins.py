@@ -4,12 +4,12 @@ import pandas as pd
 from markupsafe import Markup
 
 from eval.scores import metric_title, table_entry
-from eval.sections.judges import judged, marked, two_first
+from eval.sections.judges import judged, marked
 from eval.sections.page import Context, render
 from eval.tables import TRAINED_ON, resampled
 from eval.wins import win_rates
 from pso.entries import UNTUNED, Config, Row, TableEntry
-from pso.figures import short_labels
+from pso.figures import judges, short_labels
 
 TITLE = "Win rates"
 WHY_NONE = "No table asked for has two rows that could be held against each other."
@@ -66,7 +66,7 @@ def section(context: Context) -> Markup | None:
         table = table_entry(context.config, name)
         if not groups(table) or not (metrics := judged(context.config, table)):
             continue
-        first = two_first(context.config, table)
+        first = judges(metrics)
         found.append(
             {
                 "name": name,
