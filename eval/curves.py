@@ -5,26 +5,26 @@ deterministic sampler has none. No torch.
 """
 
 import json
-import textwrap
+import math
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from eval import style
 from eval.scores import run_folders
+from eval.tables import scale_sentence
 from pso.entries import Config, Row
 from pso.figures import Curves, short
-from pso.paths import subject_of
+from pso.paths import root_of, subject_of
 from pso.provenance import UserError
 
-DPI = 100
-# Okabe and Ito's colours; marker and dash tell the lines apart in grey
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-MARKERS = ["o", "s", "D", "^", "v", "P", "X", "<", ">", "*", "h"]
-DASHES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (5, 3, 1, 3))]
-NAMES = {"update": "Update", "reward": "Reward of the probe's images", "kl": "KL(theta | pre) of a trajectory"}
-SMALL_KL = 1e-3  # below it the axis is linear, as it begins at 0
+UPDATE, KL = "Update", "KL(theta | pre) of a trajectory"
 SEVERAL = 5  # runs of a figure that one line of its head names
+FEW_LEVELS = 3  # untuned levels that a panel shows: runs on other prompts, or of other subjects, begin elsewhere
+BLURS = "sharpness"  # the metric that falls where a run blurs its pictures
 
 
 def read_probes(path: Path) -> pd.DataFrame:
@@ -44,38 +44,59 @@ def read_probes(path: Path) -> pd.DataFrame:
 
 
 def runs(config: Config, results: Path, shown: Curves) -> list[tuple[Row, str, pd.DataFrame]]:
-    """(row, its run's name, its probes) of every training seed and subject."""
-    found = []
+    """(row, its run's name, its probes in the unit of the tables) of every training seed and subject."""
+    found, reward = [], probe_reward(config, shown)
     for row in shown.rows:
         for task in shown.tasks:
             for seed, folder in run_folders(config, results, task, row).items():
                 parts = [short(row.label), subject_of(task), f"seed {seed}" if len(config.seeds) > 1 else None]
                 path = folder / "train.jsonl"
-                found.append(
-                    (row, ", ".join(filter(None, parts)), read_probes(path) if path.exists() else pd.DataFrame())
-                )
+                frame = read_probes(path) if path.exists() else pd.DataFrame()
+                for column in frame.columns:
+                    entry = config.metrics.get(reward if column == "reward" else column)
+                    frame[column] *= 1.0 if entry is None else entry.scale
+                found.append((row, ", ".join(filter(None, parts)), frame))
     return found
 
 
-def curves(config: Config, results: Path, shown: Curves) -> Figure:
+def probe_reward(config: Config, shown: Curves) -> str | None:
+    """The metric that every run's probes call the reward, if it is one."""
+    rewards = {config.methods[row.method].tune.probe_reward for row in shown.rows} - {None}
+    return rewards.pop() if len(rewards) == 1 else None
+
+
+@style.look()
+def curves(config: Config, results: Path, shown: Curves) -> style.Drawn:
     """Panels of one model: a colour, marker and dash for each row, a line for each of its runs."""
     every = runs(config, results, shown)
-    further = list(dict.fromkeys(name for *_, frame in every for name in frame.columns if name not in NAMES))
+    columns = [name for *_, frame in every for name in frame.columns if name not in ("update", "reward", "kl")]
+    further = sorted(dict.fromkeys(columns), key=lambda name: name != BLURS)
     axes = [("update", "reward"), ("update", "kl"), ("kl", "reward"), *(("update", name) for name in further)]
-    axes = [pair for pair in axes if any(_values(frame, *pair).size for *_, frame in every)] or axes[:1]
-    columns = 3 if len(axes) > 4 or len(axes) == 3 else min(len(axes), 2)
-    lines = -(-len(axes) // columns)
-    figure = Figure(figsize=(15, 4.4 * lines + 1.6), dpi=DPI, layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False).ravel()
+    axes = [pair for pair in axes if any(len(_values(frame, *pair)) for *_, frame in every)] or axes[:1]
+    lines, wide = -(-len(axes) // 2), min(len(axes), 2)
+    figure = Figure(figsize=(style.WIDTH, 2.7 * lines + 1.2), layout="constrained")
+    panels = figure.subplots(lines, wide, squeeze=False).ravel()
     for panel in panels[len(axes) :]:
         panel.remove()
+    levels = 0
     for panel, (x, y) in zip(panels, axes, strict=False):
-        _panel(config, panel, x, y, shown.rows, every)
+        _panel(config, panel, x, y, shown, every)
+        levels = max(levels, _untuned(panel, y, every))
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    told = [f"Scale {config.scale}.", *(f"{what}: {_some(names)}." for what, names in _without(every).items())]
-    figure.suptitle("\n".join(textwrap.wrap(" ".join(told), 170)), fontsize=10)
-    return figure
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    title = f"{model_and_task(config, shown.rows[0].model, shown.tasks)} while it is tuned"
+    absent = [f"{what}: {_some(names)}." for what, names in _without(every).items()]
+    style.head(figure, " ".join([f"{title}.", *absent, f"Scale {config.scale}."]))
+    caption = [f"{title}: what probes measured, on pictures of the same prompts and noise in all of a run."]
+    caption += [f"Panels: {', '.join(_title(config, shown, *pair) for pair in axes)}."]
+    caption += ["Fine dashes: before the first update."] * (levels > 0)
+    caption += ["There are several, as a run's probes are of its own training prompts."] * (levels > 1)
+    return style.Drawn(shown.name, figure, title, " ".join([*caption, *absent, scale_sentence(config)]))
+
+
+def model_and_task(config: Config, model: str, tasks: tuple[str, ...]) -> str:
+    task = root_of(tasks[0])
+    return config.models[model].title + (f" ({task})" if task != "preference" else "")
 
 
 def _values(frame: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
@@ -84,21 +105,48 @@ def _values(frame: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
     return frame[[x, y]].dropna() if there else pd.DataFrame(columns=[x, y], dtype=float)
 
 
-def _panel(config: Config, panel, x: str, y: str, rows: tuple[Row, ...], every: list) -> None:
+def _title(config: Config, shown: Curves, x: str, y: str) -> str:
+    reward = probe_reward(config, shown)
+    name = "Reward" if reward is None else f"Reward ({config.metrics[reward].title})"
+    if x == "kl":
+        return f"{name} against KL"
+    titles = {"reward": name, "kl": "Distance from the untuned model", BLURS: "Sharpness: falls where pictures blur"}
+    return titles.get(y) or config.metrics[y].title
+
+
+def _label(config: Config, name: str) -> str:
+    if name in ("update", "kl"):
+        return {"update": UPDATE, "kl": KL}[name]
+    return "Reward" if name == "reward" else config.metrics[name].title
+
+
+def _panel(config: Config, panel: Axes, x: str, y: str, shown: Curves, every: list) -> None:
     labelled = set()
     for row, _, frame in every:
-        place = rows.index(row)
-        style = {"color": COLOURS[place % 7], "marker": MARKERS[place % 11], "linestyle": DASHES[place % 8]}
         label = None if row.label in labelled else short(row.label)
         labelled.add(row.label)
         values = _values(frame, x, y)
-        panel.plot(values[x], values[y], markersize=5, linewidth=1.6, label=label, **style)
-    title = {name: metric.title for name, metric in config.metrics.items()}
-    panel.set(xlabel=NAMES[x], ylabel=NAMES.get(y) or f"{title.get(y, y)} of the probe's images")
-    for name, scale in ((x, panel.set_xscale), (y, panel.set_yscale)):
-        if name == "kl":
-            scale("symlog", linthresh=SMALL_KL)
-    panel.grid(alpha=0.3)
+        panel.plot(values[x], values[y], label=label, **style.method_style(config, row.method))
+    panel.set(title=_title(config, shown, x, y), xlabel=_label(config, x), ylabel=_label(config, y))
+    highest = max((frame["kl"].max() for *_, frame in every if "kl" in frame), default=0)
+    for name, axis in (("x", x), ("y", y)):
+        if axis == "kl" and highest > 0:  # two decades, and below them linear, as it begins at 0
+            getattr(panel, f"set_{name}scale")("symlog", linthresh=10.0 ** math.floor(math.log10(highest) - 1))
+            getattr(panel, f"{name}axis").set_major_formatter("{x:g}")
+
+
+def _untuned(panel: Axes, y: str, every: list) -> int:
+    """A fine line at the value before the first update, or one for each of a few; how many."""
+    if y == "kl":
+        return 0
+    first = [values.loc[values["update"] == 0, y] for *_, frame in every if len(values := _values(frame, "update", y))]
+    levels = pd.concat(first) if first else pd.Series(dtype=float)
+    distinct = [level for i, level in enumerate(levels) if not np.isclose(levels.iloc[:i], level, rtol=1e-4).any()]
+    if not 0 < len(distinct) <= FEW_LEVELS:
+        return 0
+    for i, level in enumerate(distinct):
+        panel.axhline(level, label=None if i else "untuned", zorder=1, **style.UNTUNED_LINE)
+    return len(distinct)
 
 
 def _without(every: list) -> dict[str, list[str]]:
@@ -111,6 +159,8 @@ def _without(every: list) -> dict[str, list[str]]:
         for column, what in (("reward", "No reward measured"), ("kl", "No KL (deterministic sampler)")):
             if frame[column].isna().all():
                 found.setdefault(what, []).append(name)
+        if BLURS not in frame:
+            found.setdefault("No sharpness measured", []).append(name)
     return found
 
 

@@ -8,14 +8,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
+from matplotlib.artist import Artist
+from matplotlib.backend_bases import RendererBase
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
+from eval import style
 from eval.scores import run_folders, table_entry
+from eval.tables import scale_sentence
 from pso import paths
 from pso.dreambooth import load_subject
 from pso.entries import Config, Row
-from pso.figures import Grid, left_out, short
+from pso.figures import Grid, left_out, short_labels
 from pso.hub import Hub, hub_dir
 from pso.provenance import UserError
 
@@ -29,8 +33,13 @@ REAL = ("Real picture", "Another one")  # of a subject
 
 @dataclass(frozen=True)
 class Line:
+    """A text and a picture for each column; where its rows' images are."""
+
     text: str
     pictures: list[bytes]
+    task: str = ""
+    prompt_id: str = ""
+    image_seed: int = 0
 
 
 # ---- images on disk ----
@@ -87,31 +96,42 @@ def enlarged(data: bytes, side: int) -> np.ndarray:
 # ---- what a figure shows ----
 
 
-def samples(config: Config, results: Path, grid: Grid) -> Figure:
+@style.look()
+def samples(config: Config, results: Path, grid: Grid) -> style.Drawn:
     """The same prompts for every row."""
+    lines = prompt_lines(config, results, grid)
+    return _drawn(config, grid, titles(grid), lines)
+
+
+def prompt_lines(config: Config, results: Path, grid: Grid) -> list[Line]:
     task = table_entry(config, grid.table).task
     prompt_ids, image_seed, images = _images(config, results, task, grid)
-    lines = [Line(images[0].loc[one, "prompt"], [frame.loc[one, "png"] for frame in images]) for one in prompt_ids]
-    foot = _told(config, grid, f"image seed {image_seed}; the same prompt and noise in a line.")
-    return sheet(_titles(grid), lines, foot)
+    return [
+        Line(images[0].loc[one, "prompt"], [frame.loc[one, "png"] for frame in images], task, one, image_seed)
+        for one in prompt_ids
+    ]
 
 
-def of_subjects(config: Config, results: Path, grid: Grid) -> Figure:
+@style.look()
+def of_subjects(config: Config, results: Path, grid: Grid) -> style.Drawn:
     """Real pictures of each subject beside one sample of every row, each subject with another prompt."""
+    lines = subject_lines(config, results, grid)
+    return _drawn(config, grid, [*REAL, *titles(grid)], lines)
+
+
+def subject_lines(config: Config, results: Path, grid: Grid) -> list[Line]:
+    """The first pictures are the real ones, empty where there are too few."""
     table, dataset = table_entry(config, grid.table), config.datasets[grid.eval_set]
-    hub, lines, seeds = Hub(hub_dir(config.scale, results)), [], set()
+    hub, lines = Hub(hub_dir(config.scale, results)), []
     for number, subject in enumerate(evenly(table.subjects, NUM_LINES)):
         real = load_subject(hub, dataset, grid.eval_set, subject).images[: len(REAL)]
-        prompt_ids, image_seed, images = _images(config, results, f"{table.task}/{subject}", grid)
+        task = f"{table.task}/{subject}"
+        prompt_ids, image_seed, images = _images(config, results, task, grid)
         one = prompt_ids[number % len(prompt_ids)]
         pictures = [path.read_bytes() for path in real] + [b""] * (len(REAL) - len(real))
         text = f"{subject}: {images[0].loc[one, 'prompt']}"
-        lines.append(Line(text, [*pictures, *(frame.loc[one, "png"] for frame in images)]))
-        seeds.add(image_seed)
-    told = f"image seed {min(seeds)}; the same prompt and noise in a line."
-    if len(table.subjects) > len(lines):
-        told += f" {len(lines)} of {len(table.subjects)} subjects."
-    return sheet([*REAL, *_titles(grid)], lines, _told(config, grid, told))
+        lines.append(Line(text, [*pictures, *(frame.loc[one, "png"] for frame in images)], task, one, image_seed))
+    return lines
 
 
 def _images(config: Config, results: Path, task: str, grid: Grid) -> tuple[list[str], int, list[pd.DataFrame]]:
@@ -122,24 +142,52 @@ def _images(config: Config, results: Path, task: str, grid: Grid) -> tuple[list[
     return prompt_ids, image_seed, [read_images(found, row.label, prompt_ids, image_seed) for found, row in pairs]
 
 
-def _titles(grid: Grid) -> list[str]:
+def titles(grid: Grid) -> list[str]:
     """Short labels; the steps too where they differ, the model too where one label would stand twice."""
-    names = [short(row.label) for row in grid.rows]
-    names = [row.label if names.count(name) > 1 else name for name, row in zip(names, grid.rows, strict=True)]
     several = len({row.steps for row in grid.rows}) > 1
     return [
         f"{name} ({row.steps}\N{NO-BREAK SPACE}steps)" if several else name
-        for name, row in zip(names, grid.rows, strict=True)
+        for name, row in zip(short_labels(grid.rows), grid.rows, strict=True)
     ]
 
 
-def _told(config: Config, grid: Grid, more: str) -> str:
-    count = left_out(table_entry(config, grid.table))
-    told = f"Scale {config.scale}, {grid.eval_set}, {more} {grid.shows}"
-    return told + (f" {count} rows of {grid.table} have no images yet." if count else "")
+def told(config: Config, grid: Grid, lines: list[Line]) -> str:
+    """What a reader of a grid has to know."""
+    table = table_entry(config, grid.table)
+    said = f"{grid.eval_set}, image seed {min(line.image_seed for line in lines)}; the same prompt and noise in a line."
+    if len(table.subjects) > len(lines):
+        said += f" {len(lines)} of {len(table.subjects)} subjects."
+    count = left_out(table)
+    return f"{said} {grid.shows}" + (f" {count} rows of {grid.table} have no images yet." if count else "")
+
+
+def _drawn(config: Config, grid: Grid, heads: list[str], lines: list[Line]) -> style.Drawn:
+    said, columns = told(config, grid, lines), ", ".join(" ".join(head.split()) for head in heads)
+    figure = sheet(heads, lines, f"Scale {config.scale}, {said}")
+    caption = f"Samples of {grid.table}, from left to right: {columns}. {said[0].upper()}{said[1:]}"
+    return style.Drawn(
+        grid.name, figure, f"Samples of {grid.table}, {grid.eval_set}", f"{caption} {scale_sentence(config)}"
+    )
 
 
 # ---- drawing ----
+
+
+class Picture(Artist):
+    """Pixels of a figure of DPI; left and bottom in its pixels. In a PNG each is one pixel, a PDF has them as they are:
+    matplotlib's own kinds of pictures are resampled for it."""
+
+    def __init__(self, pixels: np.ndarray, left: int, bottom: int) -> None:
+        super().__init__()
+        self.pixels, self.left, self.bottom = pixels, left, bottom
+
+    def draw(self, renderer: RendererBase) -> None:
+        height, width, _ = self.pixels.shape
+        opaque = np.dstack([self.pixels, np.full((height, width), 255, np.uint8)])[::-1]  # from below
+        factor = self.get_figure(root=True).dpi / DPI  # of a PDF 72 / DPI
+        context = renderer.new_gc()
+        renderer.draw_image(context, self.left * factor, self.bottom * factor, opaque)
+        context.restore()
 
 
 def sheet(titles: list[str], lines: list[Line], foot: str) -> Figure:
@@ -152,7 +200,7 @@ def sheet(titles: list[str], lines: list[Line], foot: str) -> Figure:
 
     def text(x: float, y: float, content: str, chars: float, most: int, **how) -> None:
         wrapped = textwrap.wrap(content, max(int(chars), 8), max_lines=most, placeholder=" ...", break_on_hyphens=False)
-        how = {"fontsize": 10, "va": "center", "parse_math": False} | how
+        how = {"fontsize": 10, "va": "center", "color": style.INK} | how
         figure.text(x / total[0], y / total[1], "\n".join(wrapped), **how)
 
     for i, (line, row) in enumerate(zip(lines, pictures, strict=True)):
@@ -160,8 +208,8 @@ def sheet(titles: list[str], lines: list[Line], foot: str) -> Figure:
         text(GAP, bottom + width / 2, line.text, LABEL / 8, int(width / 17))
         for k, picture in enumerate(row):
             if picture is not None:
-                figure.figimage(picture, LABEL + k * (width + GAP), bottom, origin="upper")
+                figure.add_artist(Picture(picture, LABEL + k * (width + GAP), bottom))
     for k, title in enumerate(titles):
         text(LABEL + k * (width + GAP) + width / 2, total[1] - HEAD / 2 - 6, title, width / 8.6, 4, ha="center")
-    text(GAP, FOOT / 2, foot, total[0] / 6.2, 2, fontsize=8, color="#444444")
+    text(GAP, FOOT / 2, foot, total[0] / 6.2, 2, fontsize=8, alpha=0.75)
     return figure

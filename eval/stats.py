@@ -55,7 +55,7 @@ def prompt_means(clusters: ArrayLike, *sides: ArrayLike) -> np.ndarray:
     return means
 
 
-def _strata(clusters: ArrayLike, strata: ArrayLike | None) -> list[np.ndarray] | None:
+def strata_of(clusters: ArrayLike, strata: ArrayLike | None) -> list[np.ndarray] | None:
     """Places of each stratum's prompts in the order of `prompt_means`."""
     if strata is None:
         return None
@@ -146,7 +146,7 @@ def mean_interval(
     scores: ArrayLike, clusters: ArrayLike, resamples: int, seed: int, strata: ArrayLike | None = None
 ) -> Estimate:
     """The mean over prompts of one row."""
-    means, within = prompt_means(clusters, scores), _strata(clusters, strata)
+    means, within = prompt_means(clusters, scores), strata_of(clusters, strata)
     found = _interval((means[0],), _identity, resamples, seed, within)
     return Estimate(*found, len(np.asarray(scores)), means.shape[1])
 
@@ -161,7 +161,7 @@ def paired_difference(
     strata: ArrayLike | None = None,
 ) -> Estimate:
     """Mean of left - right over prompts; the p-value is that of `the mean difference is bound`."""
-    means, within = prompt_means(clusters, left, right), _strata(clusters, strata)
+    means, within = prompt_means(clusters, left, right), strata_of(clusters, strata)
     differences = means[0] - means[1]
     found = _interval((differences,), _identity, resamples, seed, within)
     p_value = _sign_flip_p(differences - bound, seed, within)
@@ -178,7 +178,7 @@ def paired_ratio(
     strata: ArrayLike | None = None,
 ) -> Estimate:
     """Mean of left over mean of right; the p-value is that of `the ratio is bound`."""
-    means, within = prompt_means(clusters, left, right), _strata(clusters, strata)
+    means, within = prompt_means(clusters, left, right), strata_of(clusters, strata)
     if means[1].min() <= 0:
         raise Undefined("a ratio needs scores above 0 on its right side; use a difference.")
     found = _interval((means[0], means[1]), operator.truediv, resamples, seed, within)
@@ -196,7 +196,7 @@ def win_rate(
     strata: ArrayLike | None = None,
 ) -> Estimate:
     """Share of prompts on which left is above right; a difference of up to tie_margin counts half."""
-    means, within = prompt_means(clusters, left, right), _strata(clusters, strata)
+    means, within = prompt_means(clusters, left, right), strata_of(clusters, strata)
     differences = means[0] - means[1]
     wins = np.where(np.abs(differences) <= tie_margin, 0.5, differences > 0)
     found = _interval((wins,), _identity, resamples, seed, within)

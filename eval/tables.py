@@ -36,7 +36,8 @@ DASH = "–"
 EXTRA, TRAINED_ON = "†", "‡"
 LATEX_SPECIAL = str.maketrans(
     {c: rf"\{c}" for c in "&%$#_{}"}
-    | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
+    | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "\N{NO-BREAK SPACE}": "~"}
+    | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
 )
 PAGE_COLUMNS = 5  # metrics of a LaTeX table that fit a page's width
 PAGE_LINES = 40  # rows of a LaTeX table that fit a page beside its caption
@@ -242,6 +243,14 @@ def heading(eval_set: str, lines: pd.DataFrame) -> str:
 
 def escape_latex(text: str) -> str:
     return text.translate(LATEX_SPECIAL)
+
+
+def as_latex(text: str) -> str:
+    """A sentence for a document: special characters escaped, signs as commands."""
+    text = escape_latex(text)
+    for sign, command in LATEX_SIGNS.items():
+        text = text.replace(sign, command)
+    return text
 
 
 def to_latex(config: Config, name: str, frame: pd.DataFrame, of_runs: Sequence[str] = ()) -> str:

@@ -5,12 +5,17 @@ and tasks, and which ones is our choice: the rows of one table with one number o
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pso.entries import UNTUNED, Config, Row, TableEntry
+from pso.runs import metric_missing, metrics
 
+KINDS = ("png", "pdf", "tex")  # files of every figure
 FEW = 8  # steps at most of a distilled model
 NAIVE = "baselines.diffusion"  # module of the vanilla loss
+JUDGES = ("pick_score", "image_reward", "hps_v21")  # shown first: what rows are trained on, then what none is
+MANY_ROWS = 16  # of a matrix of rows
 CHOICE = "which rows the paper's own figures show is open, these are our choice."
 
 
@@ -34,6 +39,29 @@ class Curves:
     rows: tuple[Row, ...]
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Scores of one model's rows, tuned on the grid on which they are sampled, against what their tuning took."""
+
+    name: str
+    tasks: tuple[str, ...]
+    rows: tuple[Row, ...]  # the untuned one too, where the tables have it
+    eval_sets: tuple[str, ...]
+    metrics: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """How often each row scores above each other; `shows` says which rows."""
+
+    name: str
+    table: str
+    eval_set: str
+    rows: tuple[Row, ...]
+    metrics: tuple[str, ...]
+    shows: str
+
+
 def left_out(table: TableEntry) -> int:
     return len(table.all_rows) - len(table.shown_rows)
 
@@ -43,8 +71,14 @@ def short(label: str) -> str:
     return re.sub(r" w/ .*$", "", label)
 
 
+def short_labels(rows: Sequence[Row]) -> list[str]:
+    """Labels without the model, where none of them would stand twice."""
+    names = [short(row.label) for row in rows]
+    return [row.label if names.count(name) > 1 else name for name, row in zip(names, rows, strict=True)]
+
+
 def figure_names(config: Config) -> list[str]:
-    return [figure.name for figure in [*grids(config), *curves(config)]]
+    return [figure.name for figure in [*grids(config), *curves(config), *costs(config), *matrices(config)]]
 
 
 def grids(config: Config) -> list[Grid]:
@@ -142,3 +176,52 @@ def curves(config: Config) -> list[Curves]:
         Curves(f"{_prefix(task)}curves_{model}", tasks[task], _ordered(config, [*rows.values()]))
         for (task, model), rows in found.items()
     ]
+
+
+def judges(measured: list[str]) -> tuple[str, ...]:
+    """Two of the metrics that have numbers: a preference judge that is trained on and one that is not, if there are."""
+    first = [name for name in JUDGES if name in measured]
+    return tuple([*first, *(name for name in measured if name not in first)][:2])
+
+
+def costs(config: Config) -> list[Cost]:
+    """One figure for each task and tuned model of which there are two rows to compare."""
+    rows: dict[tuple[str, str], dict[str, Row]] = {}
+    sets: dict[tuple[str, str], list[str]] = {}
+    for name in config.tables:
+        table = config.table_entries[name]
+        for row in table.shown_rows:
+            if row.steps != config.models[row.model].tuned_steps:
+                continue
+            key = table.task, row.model
+            rows.setdefault(key, {}).setdefault(row.method, row)
+            sets[key] = [one for one in sets.get(key, table.eval_sets) if one in table.eval_sets]
+    tasks = {shown.name: shown.tasks for shown in curves(config)}
+    found = []
+    for (task, model), those in rows.items():
+        of, ordered = tasks.get(f"{_prefix(task)}curves_{model}"), _ordered(config, [*those.values()])
+        shown = judges(metrics(config, task))
+        if of and len(ordered) > 1 and sets[task, model] and shown:
+            found.append(Cost(f"{_prefix(task)}cost_{model}", of, ordered, tuple(sets[task, model]), shown))
+    return found
+
+
+def matrices(config: Config) -> list[Matrix]:
+    """One figure for each table; where it has many rows of its few-step rows, or one for each of their models."""
+    found = []
+    for name in config.tables:
+        table = config.table_entries[name]
+        rows, first = table.shown_rows, table.eval_sets[0]
+        shown = judges([m for m in [*table.metrics, *table.extra_metrics] if not metric_missing(config, table, m)])
+        groups = [(f"win_rates_{name}", rows, f"All rows of {name} with images")]
+        few = [row for row in rows if row.steps <= FEW]
+        if len(rows) > MANY_ROWS:
+            groups = [(f"win_rates_{name}", few, f"The rows of {name} with at most {FEW} steps")]
+        if len(rows) > MANY_ROWS < len(few):
+            models = dict.fromkeys(row.model for row in few)
+            of = {model: [row for row in few if row.model == model] for model in models}
+            groups = [(f"win_rates_{name}_{m}", r, f"The rows of {name} on {m}") for m, r in of.items()]
+        for what, those, shows in groups:
+            if len(those) > 1 and shown:
+                found.append(Matrix(what, name, first, tuple(those), shown, shows))
+    return found

@@ -2,21 +2,24 @@
 
 import io
 import json
+import re
+import struct
+import zlib
 
-import matplotlib.colors
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from synthetic import EVAL_SETS, NAIVE, NUM_PROMPTS, ROWS, config, png, table, write_images
+from synthetic import EVAL_SETS, NAIVE, NUM_PROMPTS, ROWS, config, png, table, write_images, write_tree
 
-from eval.curves import COLOURS, DASHES, MARKERS, curves, read_probes
-from eval.figures import save, write
-from eval.grids import FOOT, GAP, HEAD, LABEL, Line, enlarged, evenly, of_subjects, samples, sheet
+from eval.curves import curves, read_probes
+from eval.figures import write
+from eval.grids import FOOT, GAP, HEAD, LABEL, Line, Picture, enlarged, evenly, of_subjects, samples, sheet
+from eval.style import method_style, save
 from pso import figures, paths
 from pso.config import load
 from pso.dreambooth import PROMPT_FILE
-from pso.entries import UNTUNED, DatasetEntry, MethodEntry, Row
+from pso.entries import UNTUNED, DatasetEntry, MethodEntry, ModelEntry, Row, TuneConfig
 from pso.figures import figure_names, short
 from pso.hub import hub_dir
 from pso.provenance import UserError
@@ -29,11 +32,16 @@ MODULES = {"pso_offline": "pso.pso_offline", "pso_online": "pso.pso_online", "di
 
 def built(**changes):
     """synthetic's configuration with the methods' own modules, by which figures tell them apart."""
+    tune = TuneConfig(num_updates=10, batch_size=1, learning_rate=1.0e-5)
     methods = {
-        name: MethodEntry.model_construct(title=name, module=module, data="pairs", reward=None, objective={})
+        name: MethodEntry.model_construct(title=name, module=module, data="pairs", reward=None, objective={}, tune=tune)
         for name, module in MODULES.items()
     }
-    return config(**({"methods": methods} | changes))
+    models = {
+        name: ModelEntry.model_construct(title=title, tuned_steps=4)
+        for name, title in (("sdxl", "SDXL"), ("sdxl_dmd2", "SDXL-DMD2"))
+    }
+    return config(**({"methods": methods, "models": models} | changes))
 
 
 def probe(update: int, **more) -> str:
@@ -44,8 +52,20 @@ def run_of(cfg, results, method):
     return paths.run_dir(cfg.scale, "preference", "sdxl_dmd2", method, 0, results)
 
 
+def run_file(folder, **cost) -> None:
+    """What figures read of a run's record."""
+    record = {"cost": {"wall_s": 7200.0, "unet_forwards": 100, **cost}, "hardware": {"cpus": 2}, "processes": 1}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(json.dumps(record))
+
+
 def tree(results, cfg=None):
+    """Images, scores, probes and records of every row."""
     cfg = cfg or built()
+    write_tree(cfg, results)
+    for row in cfg.table_entries["table1"].shown_rows:
+        for seed in cfg.seeds if row.method != UNTUNED else ():
+            run_file(paths.run_dir(cfg.scale, "preference", row.model, row.method, seed, results))
     for row in cfg.table_entries["table1"].shown_rows:
         for eval_set in EVAL_SETS:
             write_images(cfg, results, row, eval_set, SIZE)
@@ -131,7 +151,7 @@ def test_samples_show_the_pixels(tmp_path):
     cfg = tree(tmp_path)
     labels = ["SDXL", *SHOWN]
     grid = grid_of(cfg, "many_steps_against_sdxl_dmd2_pickapic_test")
-    path = save(samples(cfg, tmp_path, grid), tmp_path / "samples.png")
+    path = save(samples(cfg, tmp_path, grid).figure, tmp_path / "samples.png")
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
     side = min(((1600 - LABEL) // len(labels) - GAP) // SIZE * SIZE, 256)
     assert pixels.shape == (HEAD + 6 * (side + GAP) + FOOT, LABEL + len(labels) * (side + GAP), 3)
@@ -148,8 +168,12 @@ def test_samples_show_the_pixels(tmp_path):
             assert small[5, 1].tolist() == [5 * prompt] * 3  # the same prompt over the line
 
 
-def texts(figure) -> list[str]:
-    return [text.get_text().replace("\n", " ") for text in figure.texts]
+def texts(drawn) -> list[str]:
+    return [text.get_text().replace("\n", " ") for text in drawn.figure.texts]
+
+
+def pictures(figure) -> list[np.ndarray]:
+    return [artist.pixels for artist in figure.artists if isinstance(artist, Picture)]
 
 
 def test_titles_tell_what_differs_and_the_foot_what_is_left_out(tmp_path):
@@ -166,17 +190,43 @@ def test_titles_tell_what_differs_and_the_foot_what_is_left_out(tmp_path):
 def test_files_are_legible_and_the_same_twice(tmp_path):
     cfg = tree(tmp_path)
     written = write(cfg, tmp_path)
-    assert [path.stem for path in written] == figure_names(cfg) and len(written) == 5
+    expected = [f"{name}.{kind}" for name in figure_names(cfg) for kind in ("png", "pdf", "tex")]
+    assert [path.name for path in written] == expected and len(written) == 3 * 7
     first = [path.read_bytes() for path in written]
-    for data in first:
+    for data in first[::3]:
         assert 600 < Image.open(io.BytesIO(data)).width <= 1600
+    assert all(data.startswith(b"%PDF") for data in first[1::3])
     assert [path.read_bytes() for path in write(cfg, tmp_path)] == first
+
+
+def embedded(pdf: bytes) -> list[np.ndarray]:
+    """Pictures of a PDF of matplotlib's: their streams are those of a PNG."""
+    found = []
+    head = rb"/Subtype /Image /Width (\d+) /Height (\d+)\s*/ColorSpace /DeviceRGB .*?/Length (\d+) 0 R >>\s*stream\r?\n"
+    for match in re.finditer(head, pdf, re.S):
+        width, height = int(match[1]), int(match[2])
+        length = int(re.search(rb"\n%s 0 obj\s*(\d+)" % match[3], pdf)[1])
+        parts = {b"IHDR": struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)}
+        parts |= {b"IDAT": pdf[match.end() : match.end() + length], b"IEND": b""}
+        chunks = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts.items()]
+        found.append(np.asarray(Image.open(io.BytesIO(b"\x89PNG\r\n\x1a\n" + b"".join(chunks)))))
+    return found
+
+
+def test_a_pdf_has_the_pictures_as_they_are(tmp_path):
+    rng = np.random.default_rng(0)  # many colours: few would be embedded with a palette
+    noise = [rng.integers(0, 256, (SIZE, SIZE, 3)).astype(np.uint8) for _ in range(4)]
+    figure = sheet(["a", "b"], [Line("x", [png(p) for p in noise[:2]]), Line("y", [png(p) for p in noise[2:]])], "foot")
+    found = embedded(save(figure, tmp_path / "x.pdf").read_bytes())
+    assert len(found) == 4
+    for expected, pixels in zip(noise, found, strict=True):
+        assert (pixels == expected.repeat(8, 0).repeat(8, 1)).all()
 
 
 def test_a_line_may_have_no_picture_at_a_place():
     picture = png(np.full((8, 8, 3), 10, np.uint8))
     figure = sheet(["a", "b"], [Line("x", [b"", picture])], "foot")
-    assert len(figure.images) == 1
+    assert len(pictures(figure)) == 1
 
 
 def test_large_pictures_are_averaged_down():
@@ -242,7 +292,7 @@ def test_real_pictures_stand_beside_each_rows_samples(tmp_path):
     found = texts(figure)
     assert found[0].startswith("cup: a long prompt") and found[1].startswith("kite: a long prompt")
     assert found[2:6] == ["Real picture", "Another one", "SDXL-DMD2", "Offline-PSO"]
-    levels = [int(image.get_array()[40, 40, 0]) for image in figure.images]
+    levels = [int(pixels[40, 40, 0]) for pixels in pictures(figure.figure)]
     assert len(levels) == 7, "the kite has one picture"
     assert levels[:2] == [100, 101] and levels[4] == 200
     assert levels[2] == levels[3] != levels[5] == levels[6], "one prompt in a line, another in the next"
@@ -283,8 +333,8 @@ def test_a_model_whose_sampler_has_no_kernel_has_no_panels_of_kl(tmp_path):
         entry = {"event": "probe", "update": 3, "kl": {}, "reward": 1.0, "metrics": {"sharpness": 2.0}}
         (run_of(cfg, tmp_path, method) / "train.jsonl").write_text(json.dumps(entry))
     (shown,) = figures.curves(cfg)
-    figure = curves(cfg, tmp_path, shown)
-    assert [panel.get_ylabel().split()[0] for panel in figure.axes] == ["Reward", "Sharpness"]
+    figure = curves(cfg, tmp_path, shown).figure
+    assert [panel.get_ylabel() for panel in figure.axes] == ["Reward", "Sharpness"]
     assert "No KL (deterministic sampler): Naive fine-tune, Offline-PSO, Online-PSO." in figure.get_suptitle()
 
 
@@ -298,38 +348,37 @@ def test_curves_show_every_run_and_say_what_is_not_there(tmp_path):
     cfg = tree(tmp_path)
     (run_of(cfg, tmp_path, "pso_offline") / "train.jsonl").unlink()
     (shown,) = figures.curves(cfg)
-    figure = curves(cfg, tmp_path, shown)
+    figure = curves(cfg, tmp_path, shown).figure
     reward, kl, both, sharpness = figure.axes
     labels = ["Naive fine-tune", "Offline-PSO", "Online-PSO"]
     assert [line.get_label() for line in kl.get_lines()] == labels
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == labels
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [*labels, "untuned"]
     assert kl.get_lines()[0].get_ydata().tolist() == [0.0, 7.5] and kl.get_yscale() == "symlog"
     assert both.get_lines()[2].get_xdata().tolist() == [0.0, 7.5]
-    assert reward.get_lines()[2].get_ydata().tolist() == [0.2, 0.2]
-    assert sharpness.get_ylabel() == "Sharpness of the probe's images"
-    assert [list(line.get_ydata()) for line in sharpness.get_lines()] == [[90.0, 90.0], [], []]
+    assert reward.get_title(loc="left") == "Reward (PickScore)"
+    assert reward.get_lines()[2].get_ydata().tolist() == [20.0, 20.0], "in the unit of the tables"
+    assert sharpness.get_title(loc="left").startswith("Sharpness")
+    *lines, untuned = sharpness.get_lines()
+    assert [list(line.get_ydata()) for line in lines] == [[90.0, 90.0], [], []]
+    assert list(untuned.get_ydata()) == [90.0, 90.0] and untuned.get_label() == "untuned"
+    for line, row in zip(lines, shown.rows, strict=True):
+        style = method_style(cfg, row.method)
+        assert (line.get_color(), line.get_marker()) == (style["color"], style["marker"])
     told = figure.get_suptitle().replace("\n", " ")
     assert "No probes: Offline-PSO." in told and "No reward measured: Naive fine-tune." in told
-
-
-def test_twelve_lines_are_told_apart_in_colour_and_in_grey():
-    places = range(12)
-    assert len({(COLOURS[k % 7], MARKERS[k % 11], str(DASHES[k % 8])) for k in places}) == 12
-    assert len({(MARKERS[k % 11], str(DASHES[k % 8])) for k in places}) == 12
-    grey = [matplotlib.colors.rgb_to_hsv(matplotlib.colors.to_rgb(c))[2] for c in COLOURS]
-    assert len(grey) == 7
+    assert "No sharpness measured: Online-PSO." in told
 
 
 def test_runs_of_several_seeds_share_their_rows_style(tmp_path):
     cfg = tree(tmp_path, built(seeds=[0, 1]))
     folder = paths.run_dir(cfg.scale, "preference", "sdxl_dmd2", "pso_online", 1, tmp_path)
-    folder.mkdir(parents=True)
     (folder / "train.jsonl").write_text(probe(0, reward=0.1) + "\n" + probe(20, reward=0.3))
     (shown,) = figures.curves(cfg)
-    figure = curves(cfg, tmp_path, shown)
+    figure = curves(cfg, tmp_path, shown).figure
     lines = figure.axes[0].get_lines()[4:]
-    assert [list(line.get_ydata()) for line in lines] == [[0.2, 0.2], [0.1, 0.3]]
-    assert lines[0].get_color() == lines[1].get_color() and len(figure.legends[0].get_texts()) == 3
+    assert [list(line.get_ydata()) for line in lines[:2]] == [[20.0, 20.0], [10.0, 30.0]]
+    assert lines[0].get_color() == lines[1].get_color() and len(figure.legends[0].get_texts()) == 3 + 1
+    assert [line.get_ydata()[0] for line in lines[2:]] == [20.0, 10.0], "two untuned levels"
     assert "No probes: Naive fine-tune, seed 1, Offline-PSO, seed 1." in figure.get_suptitle().replace("\n", " ")
 
 

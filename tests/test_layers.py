@@ -27,7 +27,7 @@ TORCH_FREE = [
         f"eval.{name}"
         for name in (
             *("stats", "scores", "tables", "diff", "claims", "figures", "grids", "curves", "cost", "readme"),
-            *("paper", "untuned", "calibrate", "run_notes", "compare", "report"),
+            *("paper", "untuned", "calibrate", "run_notes", "compare", "report", "wins", "style"),
             *(f"sections.{part}" for part in ("page", "overview", "tables", "claims", "cost", "provenance")),
         )
     ),

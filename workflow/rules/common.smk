@@ -3,7 +3,7 @@
 from pso.checks import PAIRS
 from pso.config import job_environment, load
 from pso.entries import UNTUNED
-from pso.figures import figure_names
+from pso.figures import KINDS, figure_names
 from pso.params import model_params, run_modules, run_params, scorer_params
 from pso.paths import LORA_FILE, manifest, model_dir, reference_file
 from pso.provenance import UserError, fingerprint
@@ -29,7 +29,9 @@ STEPS = Steps(CONFIG)
 GATE = STANDIN.gate if STANDIN else None
 NEEDS = Needs(CONFIG)
 SPM = CONFIG.scale_entry.preference_model
-FIGURES = [f"{BASE}/figures/{name}.png" for name in figure_names(CONFIG)]
+FIGURES = [
+    f"{BASE}/figures/{name}.{kind}" for name in figure_names(CONFIG) for kind in KINDS
+]
 
 
 os.environ.update(job_environment(dict(config)))

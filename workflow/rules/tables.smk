@@ -84,6 +84,7 @@ rule draw:
         **needs("draw"),
     params:
         view=VIEW,
+        titles={name: entry.title for name, entry in CONFIG.models.items()},
         code=fingerprint("eval.figures"),
     shell:
         "python -m eval.figures 2>&1 | tee {log}"

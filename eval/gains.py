@@ -1,0 +1,144 @@
+"""What tuning gained against what it took: scores of a model's rows, with intervals, over UNet forwards. No torch.
+
+All rows are scored on the same prompts and noise. So the interval of a row is that of its difference to the untuned
+row, set at the row's own score: it leaves out the untuned level where the two differ.
+
+UNet forwards are counted (run.json: pictures through the network forward, probes too, backward not), so they do not
+depend on the machine. GPU-hours are told where a run had a GPU: seconds of the job times its processes.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+from eval import style
+from eval.curves import model_and_task
+from eval.scores import Scores, metric_title, pair, read_scores, run_folders, units
+from eval.stats import mean_interval
+from eval.tables import scale_sentence
+from pso.entries import UNTUNED, Config, Row
+from pso.figures import Cost, short
+from pso.provenance import UserError
+
+COUNTED = ("unet_forwards", "reward_queries", "gpu_hours")
+APART = 0.03  # of the axis: points of equal cost
+
+
+def spent(config: Config, results: Path, row: Row, tasks: tuple[str, ...]) -> dict[str, float]:
+    """COUNTED, means over the runs of a tuned row; 0 where there is none."""
+    found = []
+    for task in tasks:
+        for folder in run_folders(config, results, task, row).values():
+            path = folder / "run.json"
+            if not path.exists():
+                raise UserError(f"{path} is not there; run `snakemake --cores 2` first.")
+            run = json.loads(path.read_text())
+            hours = run["cost"]["wall_s"] / 3600 * run.get("processes", 1) if run["hardware"].get("gpus") else 0.0
+            found.append({"reward_queries": 0, **run["cost"], "gpu_hours": hours})
+    return pd.DataFrame(found)[list(COUNTED)].mean().to_dict()
+
+
+def gains(config: Config, results: Path, shown: Cost) -> pd.DataFrame:
+    """label, method, eval_set, metric, value, low, high and COUNTED (missing for the untuned row), a line per cell."""
+    lines = []
+    base = next((row for row in shown.rows if row.method == UNTUNED), None)
+    took = {row.label: spent(config, results, row, shown.tasks) for row in shown.rows if row.method != UNTUNED}
+    for eval_set in shown.eval_sets:
+        for metric in shown.metrics:
+            of = {row: read_scores(config, results, row, eval_set, metric, shown.tasks) for row in shown.rows}
+            for row, scores in of.items():
+                place = {"label": row.label, "method": row.method, "eval_set": eval_set, "metric": metric}
+                cell = _cell(config, scores, None if base in (None, row) else of[base])
+                lines.append(place | cell | took.get(row.label, dict.fromkeys(COUNTED)))
+    return pd.DataFrame(lines).astype(dict.fromkeys(COUNTED, float))
+
+
+def _cell(config: Config, scores: Scores, untuned: Scores | None) -> dict[str, float]:
+    """value, low and high of a row; with `untuned` the ends are those of the difference to it, moved to the value."""
+    scale = config.scale_entry
+    asked = {"resamples": scale.bootstrap_resamples, "seed": scale.eval_seed}
+    own = mean_interval(scores.frame["score"], **asked, **units(scores.frame))
+    if untuned is None:
+        return {"value": own.value, "low": own.low, "high": own.high}
+    both = pair(scores, untuned)
+    gap = mean_interval(both["left"] - both["right"], **asked, **units(both))
+    return {"value": own.value, "low": own.value + gap.low - gap.value, "high": own.value + gap.high - gap.value}
+
+
+@style.look()
+def cost(config: Config, shown: Cost, frame: pd.DataFrame) -> style.Drawn:
+    """A panel for each metric and eval set: a point with its interval for each row, a line for the untuned one.
+
+    frame: `gains` of the same.
+    """
+    wide, lines = len(shown.eval_sets), len(shown.metrics)
+    figure = Figure(figsize=(style.WIDTH, 2.7 * lines + 1.4), layout="constrained")
+    panels = figure.subplots(lines, wide, squeeze=False, sharex=True)
+    for metric, row in zip(shown.metrics, panels, strict=True):
+        for eval_set, panel in zip(shown.eval_sets, row, strict=True):
+            here = frame[(frame["metric"] == metric) & (frame["eval_set"] == eval_set)]
+            _panel(config, panel, here)
+            panel.set(title=f"{metric_title(config, metric)}, {eval_set}")
+        row[0].set(ylabel=metric_title(config, metric))
+    for panel in panels[-1]:
+        panel.set(xlabel="UNet forwards of tuning")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    title = f"{model_and_task(config, shown.rows[0].model, shown.tasks)}: scores against the cost of tuning"
+    style.head(figure, f"{title}. Scale {config.scale}.")
+    told = [f"{title}.", *_told(config, shown), scale_sentence(config)]
+    return style.Drawn(shown.name, figure, title, " ".join(told))
+
+
+def _panel(config: Config, panel: Axes, here: pd.DataFrame) -> None:
+    untuned, tuned = here[here["method"] == UNTUNED], here[here["method"] != UNTUNED]
+    for line, place in zip(tuned.itertuples(), beside(tuned["unet_forwards"]), strict=True):
+        panel.errorbar(
+            place,
+            line.value,
+            [[line.value - line.low], [line.high - line.value]],
+            capsize=2.5,
+            elinewidth=1.2,
+            label=_legend(line),
+            **style.method_style(config, line.method) | {"linestyle": "none"},
+        )
+    for line in untuned.itertuples():
+        panel.axhline(line.value, label="untuned", **style.UNTUNED_LINE)
+    panel.set_xscale("log")
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+    panel.xaxis.set_minor_formatter(NullFormatter())
+
+
+def beside(costs: pd.Series) -> np.ndarray:
+    """Places on a logarithmic axis: equal costs stand side by side, a little apart."""
+    costs = costs.to_numpy(float)
+    apart = max(np.ptp(np.log(costs)), 0.2) * APART
+    same = costs[:, None] == costs
+    number, many = np.tril(same, -1).sum(1), same.sum(1)
+    return costs * np.exp(apart * (number - (many - 1) / 2))
+
+
+def _legend(line) -> str:
+    """The row, and what it took beside UNet forwards."""
+    told = [f"{line.reward_queries:,.0f} reward queries"] if line.reward_queries else []
+    told += [f"{line.gpu_hours:.1f} GPU-hours"] if line.gpu_hours else []
+    return short(line.label) + (f" ({', '.join(told)})" if told else "")
+
+
+def _told(config: Config, shown: Cost) -> list[str]:
+    told = ["Mean score of each tuned row on test prompts; points of equal cost stand side by side."]
+    if any(row.method == UNTUNED for row in shown.rows):
+        told.append("Fine dashes: the untuned model; bars: 95 % intervals of the difference to it on the same prompts.")
+    else:
+        told.append("Bars: 95 % intervals over prompts.")
+    told.append("They do not cover the training seed.")
+    if len(shown.tasks) * len(config.seeds) > 1:
+        told.append("Costs are means over the runs of a row.")
+    rewards = {config.methods[row.method].reward for row in shown.rows if row.method != UNTUNED}
+    told += [f"{metric_title(config, m)} is the training reward of some rows." for m in shown.metrics if m in rewards]
+    return [*told, "UNet forwards: pictures through the network, the backward pass not counted."]
