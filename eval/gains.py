@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from eval import style
 from eval.curves import model_and_task
@@ -109,7 +109,9 @@ def _panel(config: Config, panel: Axes, here: pd.DataFrame) -> None:
     for line in untuned.itertuples():
         panel.axhline(line.value, label="untuned", **style.UNTUNED_LINE)
     panel.set_xscale("log")
-    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    costs = tuned["unet_forwards"]
+    narrow = costs.max() < 5 * costs.min()
+    panel.xaxis.set_major_locator(MaxNLocator(4) if narrow else LogLocator(subs=(1, 2, 5), numticks=8))
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     panel.xaxis.set_minor_formatter(NullFormatter())
 

@@ -145,10 +145,8 @@ def _drawn(config: Config, grid: Grid, real: list[str], lines: list[Line], more:
     titles = [*real, *_titles(grid)]
     figure = sheet(titles, lines, f"Scale {config.scale}, {told}")
     columns = ", ".join(" ".join(title.split()) for title in titles)
-    caption = f"Samples of {grid.table}, from left to right: {columns}. {told[0].upper()}{told[1:]}"
-    return style.Drawn(
-        grid.name, figure, f"Samples of {grid.table}, {grid.eval_set}", f"{caption} {scale_sentence(config)}"
-    )
+    caption = f"Samples of {grid.table}, from left to right: {columns}. On {told} {scale_sentence(config)}"
+    return style.Drawn(grid.name, figure, f"Samples of {grid.table}, {grid.eval_set}", caption)
 
 
 # ---- drawing ----
