@@ -13,9 +13,9 @@ from PIL import Image
 from synthetic import EVAL_SETS, NAIVE, NUM_PROMPTS, ROWS, config, png, table, write_images, write_tree
 
 from eval.curves import curves, read_probes
-from eval.figures import write
+from eval.figures import to_latex, write
 from eval.grids import FOOT, GAP, HEAD, LABEL, Line, Picture, enlarged, evenly, of_subjects, samples, sheet
-from eval.style import method_style, save
+from eval.style import Drawn, method_style, save
 from pso import figures, paths
 from pso.config import load
 from pso.dreambooth import PROMPT_FILE
@@ -221,6 +221,12 @@ def test_a_pdf_has_the_pictures_as_they_are(tmp_path):
     assert len(found) == 4
     for expected, pixels in zip(noise, found, strict=True):
         assert (pixels == expected.repeat(8, 0).repeat(8, 1)).all()
+
+
+def test_a_snippet_escapes_what_latex_would_read():
+    text = to_latex(Drawn("curves_a_b", None, "", "50 % of A_B < C | \N{EN DASH}\N{NO-BREAK SPACE}4"), "smoke")
+    assert r"\caption{50 \% of A\_B \textless{} C \textbar{} --~4}" in text
+    assert r"keepaspectratio]{curves_a_b}" in text and r"\label{fig:curves_a_b}" in text
 
 
 def test_a_line_may_have_no_picture_at_a_place():

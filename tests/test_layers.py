@@ -28,6 +28,7 @@ TORCH_FREE = [
         for name in (
             *("stats", "scores", "tables", "compare", "claims", "figures", "grids", "curves", "cost", "readme"),
             *("paper", "untuned", "calibrate", "run_notes", "wins", "style"),
+            *("gains", "win_maps", "sections.curves"),
         )
     ),
     *(
