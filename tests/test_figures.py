@@ -344,6 +344,22 @@ def test_a_model_whose_sampler_has_no_kernel_has_no_panels_of_kl(tmp_path):
     assert "No KL (deterministic sampler): Naive fine-tune, Offline-PSO, Online-PSO." in figure.get_suptitle()
 
 
+def test_the_untuned_level_is_named_where_the_first_panel_has_none(tmp_path):
+    cfg = tree(tmp_path)
+    for method in MODULES:
+        (run_of(cfg, tmp_path, method) / "train.jsonl").write_text(probe(0, metrics={"sharpness": 9.0}))
+    (shown,) = figures.curves(cfg)
+    figure = curves(cfg, tmp_path, shown).figure
+    assert figure.axes[0].get_title(loc="left") == "Distance from the untuned model"
+    assert [text.get_text() for text in figure.legends[0].get_texts()][-1] == "untuned"
+
+
+def test_every_method_is_probed_for_blur():
+    """So that every tuned model's curves show it."""
+    methods = load({}).methods
+    assert {name for name, entry in methods.items() if "sharpness" not in entry.tune.probe_metrics} == set()
+
+
 def test_a_log_without_probes_is_empty(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text(json.dumps({"event": "update", "update": 1, "loss": 1.0}))
