@@ -19,7 +19,7 @@ from eval.tables import scale_sentence
 from pso import paths
 from pso.dreambooth import load_subject
 from pso.entries import Config, Row
-from pso.figures import Grid, left_out, short
+from pso.figures import Grid, left_out, short_labels
 from pso.hub import Hub, hub_dir
 from pso.provenance import UserError
 
@@ -33,8 +33,13 @@ REAL = ("Real picture", "Another one")  # of a subject
 
 @dataclass(frozen=True)
 class Line:
+    """A text and a picture for each column; where its rows' images are."""
+
     text: str
     pictures: list[bytes]
+    task: str = ""
+    prompt_id: str = ""
+    image_seed: int = 0
 
 
 # ---- images on disk ----
@@ -94,29 +99,39 @@ def enlarged(data: bytes, side: int) -> np.ndarray:
 @style.look()
 def samples(config: Config, results: Path, grid: Grid) -> style.Drawn:
     """The same prompts for every row."""
+    lines = prompt_lines(config, results, grid)
+    return _drawn(config, grid, titles(grid), lines)
+
+
+def prompt_lines(config: Config, results: Path, grid: Grid) -> list[Line]:
     task = table_entry(config, grid.table).task
     prompt_ids, image_seed, images = _images(config, results, task, grid)
-    lines = [Line(images[0].loc[one, "prompt"], [frame.loc[one, "png"] for frame in images]) for one in prompt_ids]
-    return _drawn(config, grid, [], lines, f"image seed {image_seed}; the same prompt and noise in a line.")
+    return [
+        Line(images[0].loc[one, "prompt"], [frame.loc[one, "png"] for frame in images], task, one, image_seed)
+        for one in prompt_ids
+    ]
 
 
 @style.look()
 def of_subjects(config: Config, results: Path, grid: Grid) -> style.Drawn:
     """Real pictures of each subject beside one sample of every row, each subject with another prompt."""
+    lines = subject_lines(config, results, grid)
+    return _drawn(config, grid, [*REAL, *titles(grid)], lines)
+
+
+def subject_lines(config: Config, results: Path, grid: Grid) -> list[Line]:
+    """The first pictures are the real ones, empty where there are too few."""
     table, dataset = table_entry(config, grid.table), config.datasets[grid.eval_set]
-    hub, lines, seeds = Hub(hub_dir(config.scale, results)), [], set()
+    hub, lines = Hub(hub_dir(config.scale, results)), []
     for number, subject in enumerate(evenly(table.subjects, NUM_LINES)):
         real = load_subject(hub, dataset, grid.eval_set, subject).images[: len(REAL)]
-        prompt_ids, image_seed, images = _images(config, results, f"{table.task}/{subject}", grid)
+        task = f"{table.task}/{subject}"
+        prompt_ids, image_seed, images = _images(config, results, task, grid)
         one = prompt_ids[number % len(prompt_ids)]
         pictures = [path.read_bytes() for path in real] + [b""] * (len(REAL) - len(real))
         text = f"{subject}: {images[0].loc[one, 'prompt']}"
-        lines.append(Line(text, [*pictures, *(frame.loc[one, "png"] for frame in images)]))
-        seeds.add(image_seed)
-    told = f"image seed {min(seeds)}; the same prompt and noise in a line."
-    if len(table.subjects) > len(lines):
-        told += f" {len(lines)} of {len(table.subjects)} subjects."
-    return _drawn(config, grid, [*REAL], lines, told)
+        lines.append(Line(text, [*pictures, *(frame.loc[one, "png"] for frame in images)], task, one, image_seed))
+    return lines
 
 
 def _images(config: Config, results: Path, task: str, grid: Grid) -> tuple[list[str], int, list[pd.DataFrame]]:
@@ -127,25 +142,29 @@ def _images(config: Config, results: Path, task: str, grid: Grid) -> tuple[list[
     return prompt_ids, image_seed, [read_images(found, row.label, prompt_ids, image_seed) for found, row in pairs]
 
 
-def _titles(grid: Grid) -> list[str]:
+def titles(grid: Grid) -> list[str]:
     """Short labels; the steps too where they differ, the model too where one label would stand twice."""
-    names = [short(row.label) for row in grid.rows]
-    names = [row.label if names.count(name) > 1 else name for name, row in zip(names, grid.rows, strict=True)]
     several = len({row.steps for row in grid.rows}) > 1
     return [
         f"{name} ({row.steps}\N{NO-BREAK SPACE}steps)" if several else name
-        for name, row in zip(names, grid.rows, strict=True)
+        for name, row in zip(short_labels(grid.rows), grid.rows, strict=True)
     ]
 
 
-def _drawn(config: Config, grid: Grid, real: list[str], lines: list[Line], more: str) -> style.Drawn:
-    count = left_out(table_entry(config, grid.table))
-    told = f"{grid.eval_set}, {more} {grid.shows}"
-    told += f" {count} rows of {grid.table} have no images yet." if count else ""
-    titles = [*real, *_titles(grid)]
-    figure = sheet(titles, lines, f"Scale {config.scale}, {told}")
-    columns = ", ".join(" ".join(title.split()) for title in titles)
-    caption = f"Samples of {grid.table}, from left to right: {columns}. On {told} {scale_sentence(config)}"
+def told(config: Config, grid: Grid, lines: list[Line]) -> str:
+    """What a reader of a grid has to know."""
+    table = table_entry(config, grid.table)
+    said = f"{grid.eval_set}, image seed {min(line.image_seed for line in lines)}; the same prompt and noise in a line."
+    if len(table.subjects) > len(lines):
+        said += f" {len(lines)} of {len(table.subjects)} subjects."
+    count = left_out(table)
+    return f"{said} {grid.shows}" + (f" {count} rows of {grid.table} have no images yet." if count else "")
+
+
+def _drawn(config: Config, grid: Grid, heads: list[str], lines: list[Line]) -> style.Drawn:
+    said, columns = told(config, grid, lines), ", ".join(" ".join(head.split()) for head in heads)
+    figure = sheet(heads, lines, f"Scale {config.scale}, {said}")
+    caption = f"Samples of {grid.table}, from left to right: {columns}. On {said} {scale_sentence(config)}"
     return style.Drawn(grid.name, figure, f"Samples of {grid.table}, {grid.eval_set}", caption)
 
 

@@ -10,6 +10,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -39,6 +40,11 @@ class Scores:
     @property
     def run_seeds(self) -> list[int]:
         return sorted(int(seed) for seed in self.frame["run_seed"].unique())
+
+    @cached_property
+    def per_image(self) -> pd.Series:
+        """Mean over training seeds of every image: every comparison with another row begins with it."""
+        return _means(self, self.frame)
 
 
 def table_entry(config: Config, name: str) -> TableEntry:
@@ -172,7 +178,12 @@ def check_same_scorer(scores: list[Scores]) -> None:
 
 def per_image(scores: Scores, run_seed: int | None = None) -> pd.Series:
     """Mean over training seeds (or one of them) of every image; index prompt_id, image_seed."""
-    frame = scores.frame if run_seed is None else scores.frame[scores.frame["run_seed"] == run_seed]
+    if run_seed is None:
+        return scores.per_image
+    return _means(scores, scores.frame[scores.frame["run_seed"] == run_seed])
+
+
+def _means(scores: Scores, frame: pd.DataFrame) -> pd.Series:
     images = frame.groupby(IMAGE)["score"]
     num_seeds = frame["run_seed"].nunique()
     incomplete = int((images.size() != num_seeds).sum())

@@ -65,10 +65,20 @@ def shares(
     above: np.ndarray, strata: list[np.ndarray], resamples: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of [pairs, prompts]: means over prompts (of the strata's means) and the ends of their intervals."""
+    rate, low, high = mean_intervals(above, strata, resamples, seed)
+    always, bound = np.ptp(above, axis=1) == 0, ((1 - LEVEL) / 2) ** (1 / above.shape[1])
+    low[always & (rate == 1)], high[always & (rate == 0)] = bound, 1 - bound
+    return rate, low, high
+
+
+def mean_intervals(
+    values: np.ndarray, strata: list[np.ndarray], resamples: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of [lines, prompts]: what eval.stats.mean_interval says of each line, for all from one set of resamples."""
 
     def statistic(*drawn: np.ndarray, axis: int) -> np.ndarray:  # places in each stratum
         # exact sums before the division: equal shares of two resamples have to be equal numbers
-        sums = [above @ _counts(places.astype(int), above.shape[1]) / places.shape[-1] for places in drawn]
+        sums = [values @ _counts(places.astype(int), values.shape[1]) / places.shape[-1] for places in drawn]
         return sum(sums) / len(drawn)
 
     asked = {"n_resamples": resamples, "batch": BATCH, "confidence_level": LEVEL, "vectorized": True}
@@ -79,12 +89,10 @@ def shares(
     second = stats.bootstrap(strata, statistic, method="percentile", bootstrap_result=first, **asked)
     ends = np.stack(first.confidence_interval), np.stack(second.confidence_interval)
     low, high = np.where(np.isfinite(ends[0]).all(0), *ends)
-    rate = statistic(*strata, axis=-1)
-    always, prompts = np.ptp(above, axis=1) == 0, above.shape[1]
-    low[always], high[always] = rate[always], rate[always]
-    bound = ((1 - LEVEL) / 2) ** (1 / prompts)
-    low[always & (rate == 1)], high[always & (rate == 0)] = bound, 1 - bound
-    return rate, low, high
+    mean = statistic(*strata, axis=-1)
+    always = np.ptp(values, axis=1) == 0
+    low[always], high[always] = mean[always], mean[always]
+    return mean, low, high
 
 
 def _counts(places: np.ndarray, prompts: int) -> np.ndarray:

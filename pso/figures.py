@@ -5,6 +5,7 @@ and tasks, and which ones is our choice: the rows of one table with one number o
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pso.entries import UNTUNED, Config, Row, TableEntry
@@ -68,6 +69,12 @@ def left_out(table: TableEntry) -> int:
 def short(label: str) -> str:
     """A row's label without the model that it stands on: `RPO w/ SDXL-DMD2` -> `RPO`."""
     return re.sub(r" w/ .*$", "", label)
+
+
+def short_labels(rows: Sequence[Row]) -> list[str]:
+    """Labels without the model, where none of them would stand twice."""
+    names = [short(row.label) for row in rows]
+    return [row.label if names.count(name) > 1 else name for name, row in zip(names, rows, strict=True)]
 
 
 def figure_names(config: Config) -> list[str]:

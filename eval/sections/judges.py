@@ -1,0 +1,27 @@
+"""What sections about scores agree on: which metrics they show, and which row a row is held against. No torch."""
+
+from eval.tables import TRAINED_ON
+from pso.entries import UNTUNED, Config, Row, TableEntry
+from pso.runs import metric_missing
+
+BESIDE = ("hps_v21", "sharpness", "style")  # not in the paper's tables: another judge, and what changes in a picture
+
+
+def judged(config: Config, table: TableEntry) -> list[str]:
+    """The paper's metrics of a table and those BESIDE them, of what has numbers at this scale."""
+    shown = [*table.metrics, *(metric for metric in table.extra_metrics if metric in BESIDE)]
+    return [metric for metric in shown if metric_missing(config, table, metric) is None]
+
+
+def marked(config: Config, row: Row, metric: str, label: str) -> str:
+    """The label, with a sign where the metric was the row's training reward."""
+    trained_on = row.method != UNTUNED and config.methods[row.method].reward == metric
+    return f"{label} {TRAINED_ON}" if trained_on else label
+
+
+def untuned_of(table: TableEntry, row: Row) -> Row | None:
+    """The row of the same model and steps before anything was trained, where the table shows it."""
+    if row.method == UNTUNED:
+        return None
+    untuned = [one for one in table.shown_rows if one.method == UNTUNED]
+    return next((one for one in untuned if (one.model, one.steps) == (row.model, row.steps)), None)
