@@ -82,8 +82,8 @@ def curves(config: Config, results: Path, shown: Curves) -> style.Drawn:
     for panel, (x, y) in zip(panels, axes, strict=False):
         _panel(config, panel, x, y, shown, every)
         levels = max(levels, _untuned(panel, y, every))
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    named = {label: h for p in panels for h, label in zip(*p.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named, loc="outside lower center", ncols=3)
     title = f"{model_and_task(config, shown.rows[0].model, shown.tasks)} while it is tuned"
     absent = [f"{what}: {_some(names)}." for what, names in _without(every).items()]
     style.head(figure, " ".join([f"{title}.", *absent, f"Scale {config.scale}."]))

@@ -14,13 +14,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from eval import style
 from eval.curves import model_and_task
-from eval.scores import Scores, metric_title, pair, read_scores, run_folders, units
-from eval.stats import mean_interval
+from eval.scores import Scores, metric_title, read_scores, run_folders
 from eval.tables import scale_sentence
+from eval.wins import by_prompt, mean_intervals
 from pso.entries import UNTUNED, Config, Row
 from pso.figures import Cost, short
 from pso.provenance import UserError
@@ -46,28 +46,31 @@ def spent(config: Config, results: Path, row: Row, tasks: tuple[str, ...]) -> di
 def gains(config: Config, results: Path, shown: Cost) -> pd.DataFrame:
     """label, method, eval_set, metric, value, low, high and COUNTED (missing for the untuned row), a line per cell."""
     lines = []
-    base = next((row for row in shown.rows if row.method == UNTUNED), None)
     took = {row.label: spent(config, results, row, shown.tasks) for row in shown.rows if row.method != UNTUNED}
+    base = next((place for place, row in enumerate(shown.rows) if row.method == UNTUNED), None)
     for eval_set in shown.eval_sets:
         for metric in shown.metrics:
-            of = {row: read_scores(config, results, row, eval_set, metric, shown.tasks) for row in shown.rows}
-            for row, scores in of.items():
+            scores = [read_scores(config, results, row, eval_set, metric, shown.tasks) for row in shown.rows]
+            for row, cell in zip(shown.rows, _cells(config, scores, base), strict=True):
                 place = {"label": row.label, "method": row.method, "eval_set": eval_set, "metric": metric}
-                cell = _cell(config, scores, None if base in (None, row) else of[base])
                 lines.append(place | cell | took.get(row.label, dict.fromkeys(COUNTED)))
     return pd.DataFrame(lines).astype(dict.fromkeys(COUNTED, float))
 
 
-def _cell(config: Config, scores: Scores, untuned: Scores | None) -> dict[str, float]:
-    """value, low and high of a row; with `untuned` the ends are those of the difference to it, moved to the value."""
-    scale = config.scale_entry
-    asked = {"resamples": scale.bootstrap_resamples, "seed": scale.eval_seed}
-    own = mean_interval(scores.frame["score"], **asked, **units(scores.frame))
-    if untuned is None:
-        return {"value": own.value, "low": own.low, "high": own.high}
-    both = pair(scores, untuned)
-    gap = mean_interval(both["left"] - both["right"], **asked, **units(both))
-    return {"value": own.value, "low": own.value + gap.low - gap.value, "high": own.value + gap.high - gap.value}
+def _cells(config: Config, scores: list[Scores], base: int | None) -> list[dict[str, float]]:
+    """value, low and high of each row; ends of others than the base are those of the difference to it, moved."""
+    means, strata = by_prompt(scores)
+    if base is not None:
+        others = np.arange(len(means)) != base
+        means = np.concatenate([means, means[others] - means[base]])
+    value, low, high = mean_intervals(
+        means, strata, config.scale_entry.bootstrap_resamples, config.scale_entry.eval_seed
+    )
+    count = len(scores)
+    ends = np.stack([low, high])[:, :count]
+    if base is not None:
+        ends[:, others] = value[:count][others] + np.stack([low, high])[:, count:] - value[count:]
+    return [dict(zip(("value", "low", "high"), cell, strict=True)) for cell in zip(value[:count], *ends, strict=True)]
 
 
 @style.look()
@@ -109,7 +112,9 @@ def _panel(config: Config, panel: Axes, here: pd.DataFrame) -> None:
     for line in untuned.itertuples():
         panel.axhline(line.value, label="untuned", **style.UNTUNED_LINE)
     panel.set_xscale("log")
-    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    costs = tuned["unet_forwards"]
+    narrow = costs.max() < 5 * costs.min()
+    panel.xaxis.set_major_locator(MaxNLocator(4) if narrow else LogLocator(subs=(1, 2, 5), numticks=8))
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     panel.xaxis.set_minor_formatter(NullFormatter())
 

@@ -164,10 +164,8 @@ def told(config: Config, grid: Grid, lines: list[Line]) -> str:
 def _drawn(config: Config, grid: Grid, heads: list[str], lines: list[Line]) -> style.Drawn:
     said, columns = told(config, grid, lines), ", ".join(" ".join(head.split()) for head in heads)
     figure = sheet(heads, lines, f"Scale {config.scale}, {said}")
-    caption = f"Samples of {grid.table}, from left to right: {columns}. {said[0].upper()}{said[1:]}"
-    return style.Drawn(
-        grid.name, figure, f"Samples of {grid.table}, {grid.eval_set}", f"{caption} {scale_sentence(config)}"
-    )
+    caption = f"Samples of {grid.table}, from left to right: {columns}. On {said} {scale_sentence(config)}"
+    return style.Drawn(grid.name, figure, f"Samples of {grid.table}, {grid.eval_set}", caption)
 
 
 # ---- drawing ----

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from eval.sections import claims, cost, overview, provenance, tables
+from eval.sections import categories, claims, cost, curves, grids, overview, provenance, tables, wins
 from eval.sections.page import FOLDER, Context, render
 from eval.tables import scale_sentence
 from pso.config import add_arguments, from_arguments
@@ -18,7 +18,7 @@ from pso.paths import RESULTS, scale_dir
 from pso.provenance import atomic, sentences
 
 # in the order of the page; imported by name, so that their code is part of the rule's
-SECTIONS = (overview, tables, claims, cost, provenance)
+SECTIONS = (overview, tables, claims, grids, curves, wins, categories, cost, provenance)
 
 
 def page(context: Context) -> str:

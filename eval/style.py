@@ -56,6 +56,7 @@ LOOK = {
     "axes.labelsize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.formatter.useoffset": False,
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": INK,

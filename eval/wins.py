@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from eval.scores import check_same_scorer, pair, per_image, read_scores, table_entry, units
+from eval.scores import Scores, check_same_scorer, pair, per_image, read_scores, table_entry, units
 from eval.stats import BATCH, LEVEL, prompt_means, strata_of
 from pso.entries import Config
 from pso.provenance import UserError
@@ -35,15 +35,19 @@ def win_rates(config: Config, results: Path, table_name: str, metric: str, eval_
     rows = [read_scores(config, results, row, eval_set, metric, table.tasks) for row in table.shown_rows]
     if len(rows) < 2:
         return pd.DataFrame(columns=COLUMNS)
+    scale = config.scale_entry
+    return _frame([row.label for row in rows], *by_prompt(rows), scale.bootstrap_resamples, scale.eval_seed)
+
+
+def by_prompt(rows: list[Scores]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """[rows, prompts] (or subjects, where they are what is resampled), of the same images; places of each stratum."""
     check_same_scorer(rows)
     pairs = pair(rows[0], rows[0])  # the images, in order
     for other in rows[1:]:
         pair(rows[0], other)  # refuses rows that were scored on other images
     within = units(pairs)
     means = prompt_means(within["clusters"], *(per_image(row).to_numpy() for row in rows))
-    scale = config.scale_entry
-    strata = strata_of(**within) or [np.arange(means.shape[1])]
-    return _frame([row.label for row in rows], means, strata, scale.bootstrap_resamples, scale.eval_seed)
+    return means, strata_of(**within) or [np.arange(means.shape[1])]
 
 
 def _frame(labels: list[str], means: np.ndarray, strata: list[np.ndarray], resamples: int, seed: int) -> pd.DataFrame:

@@ -47,7 +47,7 @@ def asked(names: list[str], folder: Path, name: str) -> list[GeneralTracker] | N
     if absent:
         raise ConfigError(
             f"config.log_with is {names}, but {' and '.join(absent)} is not installed; expected it installed by "
-            "`pip install 'pso-bench[logging]'`, or log_with without it."
+            "`pip install -e '.[logging]'`, or log_with without it."
         )
     kinds = {"tensorboard": TensorBoard, "wandb": WandB}
     return [kinds[one](folder, name) for one in dict.fromkeys(names)] or None

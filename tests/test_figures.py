@@ -13,9 +13,9 @@ from PIL import Image
 from synthetic import EVAL_SETS, NAIVE, NUM_PROMPTS, ROWS, config, png, table, write_images, write_tree
 
 from eval.curves import curves, read_probes
-from eval.figures import write
+from eval.figures import to_latex, write
 from eval.grids import FOOT, GAP, HEAD, LABEL, Line, Picture, enlarged, evenly, of_subjects, samples, sheet
-from eval.style import method_style, save
+from eval.style import Drawn, method_style, save
 from pso import figures, paths
 from pso.config import load
 from pso.dreambooth import PROMPT_FILE
@@ -223,6 +223,12 @@ def test_a_pdf_has_the_pictures_as_they_are(tmp_path):
         assert (pixels == expected.repeat(8, 0).repeat(8, 1)).all()
 
 
+def test_a_snippet_escapes_what_latex_would_read():
+    text = to_latex(Drawn("curves_a_b", None, "", "50 % of A_B < C | \N{EN DASH}\N{NO-BREAK SPACE}4"), "smoke")
+    assert r"\caption{50 \% of A\_B \textless{} C \textbar{} --~4}" in text
+    assert r"keepaspectratio]{curves_a_b}" in text and r"\label{fig:curves_a_b}" in text
+
+
 def test_a_line_may_have_no_picture_at_a_place():
     picture = png(np.full((8, 8, 3), 10, np.uint8))
     figure = sheet(["a", "b"], [Line("x", [b"", picture])], "foot")
@@ -336,6 +342,22 @@ def test_a_model_whose_sampler_has_no_kernel_has_no_panels_of_kl(tmp_path):
     figure = curves(cfg, tmp_path, shown).figure
     assert [panel.get_ylabel() for panel in figure.axes] == ["Reward", "Sharpness"]
     assert "No KL (deterministic sampler): Naive fine-tune, Offline-PSO, Online-PSO." in figure.get_suptitle()
+
+
+def test_the_untuned_level_is_named_where_the_first_panel_has_none(tmp_path):
+    cfg = tree(tmp_path)
+    for method in MODULES:
+        (run_of(cfg, tmp_path, method) / "train.jsonl").write_text(probe(0, metrics={"sharpness": 9.0}))
+    (shown,) = figures.curves(cfg)
+    figure = curves(cfg, tmp_path, shown).figure
+    assert figure.axes[0].get_title(loc="left") == "Distance from the untuned model"
+    assert [text.get_text() for text in figure.legends[0].get_texts()][-1] == "untuned"
+
+
+def test_every_method_is_probed_for_blur():
+    """So that every tuned model's curves show it."""
+    methods = load({}).methods
+    assert {name for name, entry in methods.items() if "sharpness" not in entry.tune.probe_metrics} == set()
 
 
 def test_a_log_without_probes_is_empty(tmp_path):

@@ -1,13 +1,16 @@
-"""Every table of the smoke run through a real TeX, as a paper would include it."""
+"""Every table and figure of the smoke run through a real TeX, as a paper would include it."""
 
 import re
 import shutil
 import subprocess
 
 import pytest
+from test_figures import tree
 from test_tables import latex
 
+from eval.figures import write
 from pso.config import load
+from pso.figures import figure_names
 from pso.paths import scale_dir
 
 ENGINE = next((name for name in ("pdflatex", "xelatex", "lualatex", "tectonic") if shutil.which(name)), None)
@@ -25,11 +28,18 @@ PAGE = r"""\documentclass{article}
 %s
 \end{document}
 """
+FIGURES = r"""\documentclass{article}
+\usepackage{graphicx}
+\graphicspath{{figures/}}
+\begin{document}
+%s
+\end{document}
+"""
 
 
-def compiled(folder, body: str) -> str:
+def compiled(folder, body: str, page: str = PAGE) -> str:
     """The log of one document; the test fails with its end where TeX fails."""
-    (folder / "page.tex").write_text(PAGE % body)
+    (folder / "page.tex").write_text(page % body)
     command = [ENGINE, *FLAGS, "page.tex"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
@@ -97,3 +107,36 @@ def test_the_pages_say_what_the_tables_say(tables, tmp_path):
             assert row.label in words
         for text in [*entry.eval_sets, "its numbers mean nothing"]:
             assert text.replace("_", " ") in words
+
+
+# ---- figures ----
+
+
+def included(folder, figures, kinds: tuple[str, ...]) -> str:
+    """The log of a document with every figure's snippet beside its files of those kinds."""
+    (folder / "figures").mkdir()
+    for kind in kinds:
+        for path in figures.glob(f"*.{kind}"):
+            shutil.copy(path, folder / "figures")
+    snippets = [path.read_text() for path in sorted(figures.glob("*.tex"))]
+    assert snippets
+    return compiled(folder, "\n\\clearpage\n".join(snippets), FIGURES)
+
+
+@needs_tex
+@pytest.mark.parametrize("kind", ["pdf", "png"])
+def test_every_kind_of_figure_compiles_as_pdf_and_without_one_as_png(tmp_path, kind):
+    cfg = tree(tmp_path / "results")
+    write(cfg, tmp_path / "results")
+    log = included(tmp_path, scale_dir(cfg.scale, tmp_path / "results") / "figures", (kind,))
+    assert problems(log, 0) == []
+    joined = log.replace("\n", "")
+    assert [name for name in figure_names(cfg) if f"/{name}.{kind}" not in joined] == []
+
+
+@needs_tex
+def test_every_figure_of_the_smoke_run_compiles(smoke, tmp_path):
+    log = included(tmp_path, scale_dir("smoke", smoke / "results") / "figures", ("pdf", "png"))
+    assert problems(log, 0) == []
+    joined = log.replace("\n", "")
+    assert [name for name in figure_names(load({"scale": "smoke"})) if f"/{name}.pdf" not in joined] == []

@@ -27,8 +27,9 @@ TORCH_FREE = [
         f"eval.{name}"
         for name in (
             *("stats", "scores", "tables", "diff", "claims", "figures", "grids", "curves", "cost", "readme"),
-            *("paper", "untuned", "calibrate", "run_notes", "compare", "report", "wins", "style"),
-            *(f"sections.{part}" for part in ("page", "overview", "tables", "claims", "cost", "provenance")),
+            *("paper", "untuned", "calibrate", "run_notes", "compare", "report", "wins", "style", "gains", "win_maps"),
+            *(f"sections.{part}" for part in ("page", "overview", "tables", "claims", "grids", "curves", "wins")),
+            *(f"sections.{part}" for part in ("categories", "cost", "provenance")),
         )
     ),
     *(

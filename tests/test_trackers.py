@@ -367,7 +367,7 @@ def test_a_package_that_is_not_installed_is_a_sentence(monkeypatch, tmp_path):
         asked(["wandb"], tmp_path, "name")
     assert str(caught.value) == (
         "config.log_with is ['wandb'], but wandb is not installed; expected it installed by "
-        "`pip install 'pso-bench[logging]'`, or log_with without it."
+        "`pip install -e '.[logging]'`, or log_with without it."
     )
     assert [t.name for t in asked(["tensorboard", "tensorboard"], tmp_path, "name")] == ["tensorboard"]
     assert asked([], tmp_path, "name") is None

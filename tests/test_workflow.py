@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, run, snakemake
 
 from pso.config import load
-from pso.figures import figure_names
+from pso.figures import KINDS, figure_names
 
 TABLES = ["table1", "table2", "table3", "table4"]
 TARGETS = ["all", "hub", *TABLES, "style", "claims", "figures", "spent", "cards"]
@@ -18,7 +18,8 @@ def test_smoke_makes_every_promised_file(smoke):
     base = smoke / "results" / "smoke"
     tables = [f"tables/{name}.{kind}" for name in TABLES for kind in ("csv", "tex", "md", "diff.md", "diff.json")]
     tables += [f"tables/style.{kind}" for kind in ("csv", "tex", "md")]  # the paper has figures of it only
-    figures = [f"figures/{name}.png" for name in figure_names(load({"scale": "smoke"}))]
+    names = figure_names(load({"scale": "smoke"}))
+    figures = [f"figures/{name}.{kind}" for name in names for kind in KINDS]
     models = [
         "preference/sdxl",
         "preference/sdxl_dmd2",
