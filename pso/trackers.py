@@ -31,6 +31,7 @@ log = logging.getLogger("tune")
 PROJECT = "pso-bench"
 FOLDERS = ("tensorboard", "wandb")  # in the run's folder
 NAMED = ("model", "method", "dataset")  # settings that hold one entry under its name
+COMPARED = ("probe/reward", "probe/kl/sum")  # beside settings in a table of runs
 OFFLINE = ("offline", "dryrun", "disabled")  # modes of W&B without an account
 FLUSH_S = 1.0  # what W&B keeps back from its file, and loses when the run is killed: 15 of its own accord
 WAIT_S = 30  # for a server of W&B, at a run's start and at its end
@@ -97,7 +98,7 @@ class TensorBoard(TensorBoardTracker):
     def store_init_configuration(self, values: dict) -> None:
         from torch.utils.tensorboard.summary import hparams
 
-        for summary in hparams(values, {}):
+        for summary in hparams(values, dict.fromkeys(COMPARED, 0.0)):  # the curves' last values are shown
             self.writer.file_writer.add_summary(summary)
         self.writer.flush()
 

@@ -18,6 +18,7 @@ from eval.sections import cost, provenance, tables
 from eval.sections.page import Context, inline
 from pso.config import load
 from pso.provenance import UserError
+from pso.runs import where_results_lie
 
 MINIATURE = ROOT / "results" / "miniature"
 TABLES = ("table1", "table2", "table3", "table4", "style")
@@ -223,6 +224,8 @@ def test_the_overview_counts_what_the_files_hold(committed):
     ):
         assert text in overview
     assert f"Of {claims.total()} sentences" in overview
+    false = [e for e in json.loads((MINIATURE / "claims.json").read_text()) if e["paper"]["verdict"] == "does not hold"]
+    assert f"{len(false)} of them contradict" in overview
     assert f"{claims['holds']} hold" in overview and f"{claims['fails']} fail" in overview
 
 
@@ -259,6 +262,10 @@ def test_the_page_is_the_same_byte_for_byte():
 
 
 HOSTILE = "<script>alert(1)</script> & \"'"
+
+
+def test_it_is_the_first_that_make_names():
+    assert where_results_lie(load({"scale": "miniature"})).splitlines()[0].endswith("results/miniature/report.html")
 
 
 def test_what_files_hold_is_escaped(tmp_path):

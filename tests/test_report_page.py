@@ -200,6 +200,15 @@ def test_tab_reaches_navigation_filters_switches_and_scroll_regions(browser, com
             assert any(one.startswith(wanted) for one in found), (wanted, found[:40])
 
 
+def test_the_bar_shows_the_section_in_sight(browser, committed):
+    with Opened(browser, committed, viewport=PHONE, reduced_motion="reduce") as page:
+        page.locator("nav a").last.press("Enter")
+        current = page.locator("nav a[aria-current]")
+        page.wait_for_function("() => document.querySelector('nav a[aria-current]')?.hash === location.hash")
+        box, bar = current.bounding_box(), page.locator("nav").bounding_box()
+        assert bar["x"] <= box["x"] and box["x"] + box["width"] <= bar["x"] + bar["width"] + 1
+
+
 def test_a_scroll_region_scrolls_by_key_and_keeps_the_labels_in_sight(browser, committed):
     with Opened(browser, committed, viewport=PHONE) as page:
         region = page.locator("#table-table1 .scroll").first

@@ -186,8 +186,10 @@ def test_tensorboard_shows_each_probes_pictures_the_first_from_before_training(e
 
 
 def test_tensorboard_compares_runs_by_their_settings(done, events):
-    content = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
-    found = HParamsPluginData.FromString(content).session_start_info.hparams
+    content = events.PluginTagToContent("hparams")
+    found = HParamsPluginData.FromString(content["_hparams_/session_start_info"]).session_start_info.hparams
+    beside = HParamsPluginData.FromString(content["_hparams_/experiment"]).experiment.metric_infos
+    assert {info.name.tag for info in beside} == {"probe/reward", "probe/kl/sum"} < set(events.Tags()["scalars"])
     told = hyperparameters(json.loads((folder(done / "off") / "run.json").read_text())["config"])
     assert set(found) == {key for key, value in told.items() if value is not None}
     assert found["method.tune.learning_rate"].number_value == 1.0e-3 and found["seed"].number_value == 0

@@ -1,5 +1,6 @@
 """What was run and what came out, in a few lines, and how the rest is to be read. No torch."""
 
+from eval.claims import is_false
 from eval.scores import table_entry
 from eval.sections import claims, tables
 from eval.sections.page import Context, render
@@ -27,6 +28,7 @@ def section(context: Context) -> str:
         claim_kinds=claims.KINDS,
         plural=claims.PLURAL,
         num_claims=len(judged or []),
+        num_false=sum(map(is_false, judged or [])),
     )
 
 

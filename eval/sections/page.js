@@ -18,7 +18,8 @@ themeButton.addEventListener("click", () => {
 
 // ---- which section is in sight
 
-const links = new Map(all("nav a").map((link) => [link.hash.slice(1), link]));
+const nav = document.querySelector("nav");
+const links = new Map(all("a", nav).map((link) => [link.hash.slice(1), link]));
 const seen = new Set();
 const watch = new IntersectionObserver((entries) => {
   for (const entry of entries) seen[entry.isIntersecting ? "add" : "delete"](entry.target.id);
@@ -27,6 +28,10 @@ const watch = new IntersectionObserver((entries) => {
     if (id === current) link.setAttribute("aria-current", "true");
     else link.removeAttribute("aria-current");
   }
+  const link = links.get(current);
+  if (!link) return;
+  const [bar, box] = [nav.getBoundingClientRect(), link.getBoundingClientRect()];
+  if (box.left < bar.left || box.right > bar.right) nav.scrollLeft += box.left - bar.left - (bar.width - box.width) / 2;
 }, { rootMargin: "-20% 0px -60%" });
 all("main > section").forEach((section) => watch.observe(section));
 
