@@ -5,7 +5,8 @@
 Between `<!-- results:begin -->` and its end: the miniature's tables, each with its paragraph, and what became of the
 claims. Between `<!-- cost:begin -->` and its end: the stages of results/miniature/cost.md. Between
 `<!-- scorers:begin -->` and its end: our scorers against the official ones, from results/verify_scorers.json. Between
-`<!-- speed:begin -->` and its end: our updates against those of others, from results/benchmarks/cpu.json. No torch.
+`<!-- speed:begin -->` and its end: our updates against those of others, from results/benchmarks/cpu.json. The method
+pages, docs/methods/, are filled as well (eval/method_pages.py). No torch.
 """
 
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from eval.claims import FAILS, HOLDS, INCONCLUSIVE
+from eval.method_pages import pages
 from eval.prose import paragraph
 from eval.scores import metric_title
 from pso.config import load
@@ -130,12 +132,12 @@ def blocks(config: Config, base: Path) -> dict[str, str]:
     return {"results": "\n\n".join(results), "cost": cost, "scorers": scorers_block(scorers), "speed": speed}
 
 
-def fill(text: str, contents: dict[str, str]) -> str:
+def fill(text: str, contents: dict[str, str], document: str = "README.md") -> str:
     """The text with everything between each pair of markers replaced."""
     for name, content in contents.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         if text.count(begin) != 1 or text.count(end) != 1:
-            raise UserError(f"README.md needs the lines {begin} and {end} once each.")
+            raise UserError(f"{document} needs the lines {begin} and {end} once each.")
         head, _, rest = text.partition(begin)
         text = f"{head}{begin}\n{content}\n{end}{rest.partition(end)[2]}"
     return text
@@ -147,10 +149,12 @@ def main() -> None:
         base = scale_dir(SCALE, ROOT / RESULTS)
         if not (base / "claims.json").exists():
             raise UserError(f"{base.relative_to(ROOT)} has no results yet; run `make` first.")
-        text = fill((ROOT / "README.md").read_text(), blocks(config, base))
-        with atomic(ROOT / "README.md") as part:
-            part.write_text(text)
-    print("README.md", file=sys.stderr)
+        for path, contents in {ROOT / "README.md": blocks(config, base), **pages(config, base)}.items():
+            document = str(path.relative_to(ROOT))
+            text = fill(path.read_text(), contents, document)
+            with atomic(path) as part:
+                part.write_text(text)
+            print(document, file=sys.stderr)
 
 
 if __name__ == "__main__":
