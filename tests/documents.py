@@ -69,9 +69,9 @@ def all_commands(program: str) -> list[tuple[str, list[str]]]:
 
 
 def examples_of(text: str) -> dict[str, str]:
-    """Path -> content of every file that a document shows in full: its path in backticks, then a fenced block."""
+    """Path -> content of every file of a reader's own that is shown: its path in backticks, then a fenced block."""
     shown = re.findall(
-        r"`([\w./]+\.(?:py|yaml))`[^`\n]*\n\n```(?:python|yaml)\n(.*?)^```", text, re.MULTILINE | re.DOTALL
+        r"`(mine/[\w./]+\.(?:py|yaml))`[^`\n]*\n\n```(?:python|yaml)\n(.*?)^```", text, re.MULTILINE | re.DOTALL
     )
     return dict(shown)
 

@@ -88,6 +88,8 @@ def test_every_module_and_script_that_is_run_exists_and_knows_its_flags():
     sources = [path.read_text() for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
     added, wrong = "".join(source for source in sources if "def add_arguments(" in source), []
     for name, words in all_commands("python"):
+        if not words:  # the program alone
+            continue
         program = words[1] if words[0] == "-m" else words[0]
         source = source_of(program, words[0] == "-m")
         if source is None or 'if __name__ == "__main__"' not in source:

@@ -5,7 +5,7 @@ import re
 
 import pandas as pd
 import pytest
-from documents import ROOT, section, text_of
+from documents import FENCE, ROOT, section, text_of
 
 from eval.method_pages import base_of, measured, modules, page_of
 from pso.config import load
@@ -53,8 +53,18 @@ def stated(method: MethodEntry) -> dict[str, str]:
 def test_every_method_has_a_page_with_the_same_headings(module):
     assert re.findall(r"^## (.*)$", page(module), re.MULTILINE) == HEADINGS
     assert all(section(page(module), heading).strip() for heading in HEADINGS)
-    assert "$$" in section(page(module), "Equation")
+    assert "\n```math\n" in section(page(module), "Equation")
     assert f"`{module.replace('.', '/')}.py`" in section(page(module), "Source")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_mathematics_is_what_github_shows(module):
+    """It refuses the macro operatorname, and outside of a block Markdown takes the backslash of a punctuation."""
+    text = page(module)
+    inline = re.findall(r"\$([^$\n]+)\$", FENCE.sub("", text))
+    assert r"\operatorname" not in text and "$$" not in text
+    assert [code for code in inline if re.search(r"\\[,;!{}_]", code)] == []
+    assert all(line.count("$") % 2 == 0 for line in FENCE.sub("", text).splitlines())
 
 
 def test_no_page_is_of_another_method():
