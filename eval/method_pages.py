@@ -107,7 +107,8 @@ def claims_about(config: Config, base: Path, module: str) -> str:
     counts = ", ".join(f"{sum(c['verdict'] == v for c in about)} {v}" for v in (HOLDS, FAILS, INCONCLUSIVE))
     lines = [{"verdict": c["verdict"], "claim": c["text"], "by": by(config, c)} for c in about]
     told = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
-    return f"**Claims of the paper about it:** {counts}. By: difference or share, with its interval.\n\n{told}"
+    how = "By: difference or share, with its 95 % interval; a verdict needs Holm's p below 0.05 too."
+    return f"**Claims of the paper about it:** {counts}. {how}\n\n{told}"
 
 
 def by(config: Config, claim: dict) -> str:

@@ -27,6 +27,7 @@ TORCH_FREE = [
         f"eval.{name}"
         for name in (
             *("stats", "scores", "tables", "compare", "claims", "figures", "grids", "curves", "cost", "readme"),
+            "method_pages",
             *("paper", "untuned", "calibrate", "run_notes"),
         )
     ),
