@@ -67,7 +67,7 @@ def claims_block(claims: list[dict]) -> str:
         parts.append(f"Measured and {FAILS}:\n\n" + "\n".join(f"- {text}" for text in texts))
     open_ones = [c for c in claims if c["verdict"] == INCONCLUSIVE]
     missing = sum(bool(c["reason"]) for c in open_ones)
-    told = f"Of the {len(open_ones)} inconclusive ones {missing} could not be measured; of the others neither the interval"
+    told = f"Of the {len(open_ones)} inconclusive ones {missing} could not be measured; of the others neither interval"
     parts.append(f"{told} nor Holm's p decides: [claims](results/miniature/claims.md).")
     return "\n\n".join(parts)
 

@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("pso", "baselines", "eval")
 # every folder with a README.md of the fixed headings; further folders are listed by the one above
 FOLDERS = (
-    *("baselines", "docs", "envs", "eval", "eval/metrics", "eval/reference", "pso", "pso/miniature", "pso/peers"),
-    *("results", "tests", "workflow"),
+    *("baselines", "docs", "envs", "eval", "eval/metrics", "eval/reference", "eval/sections"),
+    *("pso", "pso/miniature", "pso/peers", "results", "tests", "workflow"),
 )
 FENCE = re.compile(r"^```.*?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
