@@ -23,11 +23,11 @@ CHAIN = (
 )
 BRANCHING = ("pso.rollout", "pso.forks", "pso.sources", "pso.stepwise", "pso.tune")  # tune finds stepwise by its path
 TORCH_FREE = [
+    "eval.method_pages",
     *(
         f"eval.{name}"
         for name in (
             *("stats", "scores", "tables", "compare", "claims", "figures", "grids", "curves", "cost", "readme"),
-            "method_pages",
             *("paper", "untuned", "calibrate", "run_notes"),
         )
     ),
