@@ -1,11 +1,12 @@
-"""README's numbers, written from the committed results so that nobody types them.
+"""Numbers of the documents, written from the committed results so that nobody types them.
 
     make readme
 
-Between `<!-- results:begin -->` and its end: the miniature's tables, each with its paragraph, and what became of the
-claims. Between `<!-- cost:begin -->` and its end: the stages of results/miniature/cost.md. Between
-`<!-- scorers:begin -->` and its end: our scorers against the official ones, from results/verify_scorers.json. Between
-`<!-- speed:begin -->` and its end: our updates against those of others, from results/benchmarks/cpu.json. No torch.
+In README.md, between `<!-- results:begin -->` and its end: the miniature's tables, each with its paragraph, and what
+became of the claims; between `<!-- cost:begin -->` and its end: the stages of results/miniature/cost.md. In
+eval/README.md, `scorers`: our scorers against the official ones, from results/verify_scorers.json. In pso/README.md,
+`speed`: our updates against those of others, from results/benchmarks/cpu.json. The method pages, docs/methods/, are
+filled as well (eval/method_pages.py). No torch.
 """
 
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from eval.claims import FAILS, HOLDS, INCONCLUSIVE
+from eval.method_pages import pages
 from eval.prose import paragraph
 from eval.scores import metric_title
 from pso.config import load
@@ -61,12 +63,12 @@ def claims_block(claims: list[dict]) -> str:
     counts.loc["**all**"] = counts.sum()
     parts = [f"**Claims.** {len(claims)} statements of the paper, judged on the stand-in world:"]
     parts.append(counts.rename_axis("about").reset_index().to_markdown(index=False))
-    for verdict in (FAILS, INCONCLUSIVE):
-        texts = [c["text"] for c in claims if c["verdict"] == verdict and not c["reason"]]
-        if texts:
-            parts.append(f"Measured and {verdict}:\n\n" + "\n".join(f"- {text}" for text in texts))
-    if missing := sum(bool(c["reason"]) for c in claims):
-        parts.append(f"{missing} of the inconclusive ones could not be measured.")
+    if texts := [c["text"] for c in claims if c["verdict"] == FAILS]:
+        parts.append(f"Measured and {FAILS}:\n\n" + "\n".join(f"- {text}" for text in texts))
+    open_ones = [c for c in claims if c["verdict"] == INCONCLUSIVE]
+    missing = sum(bool(c["reason"]) for c in open_ones)
+    told = f"Of the {len(open_ones)} inconclusive ones {missing} could not be measured; of the others neither interval"
+    parts.append(f"{told} nor Holm's p decides: [claims](results/miniature/claims.md).")
     return "\n\n".join(parts)
 
 
@@ -121,21 +123,27 @@ def speed_block(found: dict) -> str:
     return "\n\n".join([head, table, pictures, f"`{found['command']}`"])
 
 
-def blocks(config: Config, base: Path) -> dict[str, str]:
+def blocks(config: Config, base: Path) -> dict[Path, dict[str, str]]:
+    """Document -> marker -> text."""
     results = [table_block(config, base, name) for name in SHOWN]
     results.append(claims_block(json.loads((base / "claims.json").read_text())))
     scorers = json.loads((base.parent / "verify_scorers.json").read_text())
     cost = (base / "cost.md").read_text().split("\n\n")[0]
     speed = speed_block(json.loads((base.parent / "benchmarks" / "cpu.json").read_text()))
-    return {"results": "\n\n".join(results), "cost": cost, "scorers": scorers_block(scorers), "speed": speed}
+    return {
+        ROOT / "README.md": {"results": "\n\n".join(results), "cost": cost},
+        ROOT / "eval" / "README.md": {"scorers": scorers_block(scorers)},
+        ROOT / "pso" / "README.md": {"speed": speed},
+        **pages(config, base),
+    }
 
 
-def fill(text: str, contents: dict[str, str]) -> str:
-    """The text with everything between each pair of markers replaced."""
+def fill(text: str, contents: dict[str, str], document: str = "README.md") -> str:
+    """The text of a document with everything between each pair of markers replaced."""
     for name, content in contents.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         if text.count(begin) != 1 or text.count(end) != 1:
-            raise UserError(f"README.md needs the lines {begin} and {end} once each.")
+            raise UserError(f"{document} needs the lines {begin} and {end} once each.")
         head, _, rest = text.partition(begin)
         text = f"{head}{begin}\n{content}\n{end}{rest.partition(end)[2]}"
     return text
@@ -147,10 +155,12 @@ def main() -> None:
         base = scale_dir(SCALE, ROOT / RESULTS)
         if not (base / "claims.json").exists():
             raise UserError(f"{base.relative_to(ROOT)} has no results yet; run `make` first.")
-        text = fill((ROOT / "README.md").read_text(), blocks(config, base))
-        with atomic(ROOT / "README.md") as part:
-            part.write_text(text)
-    print("README.md", file=sys.stderr)
+        for path, contents in blocks(config, base).items():
+            document = str(path.relative_to(ROOT))
+            text = fill(path.read_text(), contents, document)
+            with atomic(path) as part:
+                part.write_text(text)
+            print(document, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ class Steps:
         return [f"{self.hub}/{step}.json" for step in steps]
 
     def repositories(self, *repos: str) -> list[str]:
-        """Steps of a hub that is not the stand-in's."""
-        return [f"{self.hub}/repositories/{slug(repo)}.json" for repo in sorted(set(repos))]
+        """Steps of a hub that is not the stand-in's; a folder of the user's own waits for none."""
+        return [f"{self.hub}/repositories/{slug(repo)}.json" for repo in sorted(set(repos)) if not is_outside(repo)]
 
     def all(self) -> list[str]:
         """Every step of the hub: all of the stand-in's, elsewhere what the tables asked for need."""
@@ -81,8 +81,7 @@ class Steps:
 
     def data(self, *datasets: str) -> list[str]:
         if self.standin is None:
-            repos = [self.config.datasets[name].repo for name in datasets]
-            return self.repositories(*(repo for repo in repos if not is_outside(repo)))
+            return self.repositories(*(self.config.datasets[name].repo for name in datasets))
         formats = {self.config.datasets[name].format for name in datasets}
         return self.named(*sorted({"subjects" if f == "dreambooth" else "data" for f in formats}))
 

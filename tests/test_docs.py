@@ -2,9 +2,10 @@
 
 import ast
 import importlib.util
+import json
+import posixpath
 import re
 import shlex
-import subprocess
 import tomllib
 from fnmatch import fnmatch
 from itertools import chain
@@ -12,51 +13,27 @@ from pathlib import Path
 
 import pytest
 import yaml
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
-from packaging.version import Version
+from documents import (
+    DOCUMENTS,
+    FENCE,
+    PACKAGES,
+    ROOT,
+    all_commands,
+    code_of,
+    commands_of,
+    examples_of,
+    files_of_the_repository,
+    grammar,
+    inline_of,
+    is_made,
+    text_of,
+)
 
-from eval import readme
 from pso.config import load
 from pso.paths import LORA_FILE, images_dir, model_dir, run_dir, scores_file
 from pso.provenance import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "results/README.md", "eval/reference/README.md", "CHANGELOG.md")
-PACKAGES = ("pso", "baselines", "eval")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-
-
-def text_of(name: str) -> str:
-    assert (ROOT / name).exists(), f"{name} is missing"
-    return (ROOT / name).read_text()
-
-
-def code_of(text: str) -> list[str]:
-    """Lines of fenced and indented blocks, and inline code."""
-    fenced = re.findall(r"^```.*?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    rest = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
-    indented = re.findall(r"^ {4}(.*)$", rest, re.MULTILINE)
-    inline = re.findall(r"`([^`\n]+)`", re.sub(r"^ {4}.*$", "", rest, flags=re.MULTILINE))
-    return [*chain.from_iterable(block.splitlines() for block in fenced), *indented, *inline]
-
-
-def commands_of(text: str, program: str) -> list[list[str]]:
-    """Words of every command of a program in a document's code."""
-    found = []
-    for line in code_of(text):
-        for part in re.split(r"&&|;|\|", line.partition(" #")[0]):
-            try:
-                words = shlex.split(part.strip().removeprefix("$ "), comments=True)
-            except ValueError:  # an apostrophe: not a command
-                continue
-            if words and words[0] == program:
-                found.append(words[1:])
-    return found
-
-
-def all_commands(program: str) -> list[tuple[str, list[str]]]:
-    return [(name, words) for name in DOCUMENTS for words in commands_of(text_of(name), program)]
 
 
 # ---- the readers themselves ----
@@ -96,26 +73,36 @@ def test_every_make_command_has_its_target_and_variable():
             assert word.split("=")[0] in known, f"{name}: make {word}; known: {sorted(known)}"
 
 
-def test_every_module_that_is_run_exists_and_knows_its_flags():
+def source_of(program: str, is_module: bool) -> str | None:
+    """The source of what Python runs, if there is any."""
+    if not is_module:
+        return (ROOT / program).read_text() if (ROOT / program).exists() else None
+    spec = importlib.util.find_spec(program)
+    if spec is not None and spec.submodule_search_locations:
+        spec = importlib.util.find_spec(f"{program}.__main__")
+    return None if spec is None else Path(spec.origin).read_text()
+
+
+def test_every_module_and_script_that_is_run_exists_and_knows_its_flags():
     """A flag is the command's own, or of a module that adds some to its parser."""
     sources = [path.read_text() for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
-    added = "".join(source for source in sources if "def add_arguments(" in source)
+    added, wrong = "".join(source for source in sources if "def add_arguments(" in source), []
     for name, words in all_commands("python"):
-        if words[:1] != ["-m"]:
+        if not words:  # the program alone
             continue
-        module = words[1]
-        assert importlib.util.find_spec(module) is not None, f"{name}: python -m {module}"
-        if module.split(".")[0] in PACKAGES:
-            source = (ROOT / (module.replace(".", "/") + ".py")).read_text()
-            assert 'if __name__ == "__main__"' in source, f"{name}: {module} is no command"
-            for flag in (w.split("=")[0] for w in words[2:] if w.startswith("--")):
-                assert f'"{flag}"' in source + added, f"{name}: {module} {flag}"
+        program = words[1] if words[0] == "-m" else words[0]
+        source = source_of(program, words[0] == "-m")
+        if source is None or 'if __name__ == "__main__"' not in source:
+            wrong.append(f"{name}: python {' '.join(words)}")
+        elif words[0] != "-m" or program.split(".")[0] in PACKAGES:
+            flags = [word.split("=")[0] for word in words[1:] if word.startswith("--")]
+            wrong += [f"{name}: {program} {flag}" for flag in flags if f'"{flag}"' not in source + added]
+    assert wrong == []
 
 
 def rules() -> set[str]:
     files = [ROOT / "workflow" / "Snakefile", *(ROOT / "workflow").rglob("*.smk")]
-    named = set(chain.from_iterable(re.findall(r"^rule (\w+):", f.read_text(), re.MULTILINE) for f in files))
-    return named | set(load().table_entries)
+    return set(chain.from_iterable(re.findall(r"^rule (\w+):", f.read_text(), re.MULTILINE) for f in files))
 
 
 @pytest.fixture(scope="module")
@@ -127,58 +114,99 @@ def snakemake_commands():
     return [(name, words, *parser.parse_known_args(words)) for name, words in all_commands("snakemake")]
 
 
-def test_every_snakemake_command_has_known_flags_and_rules(snakemake_commands):
-    assert snakemake_commands
-    for name, words, parsed, unknown in snakemake_commands:
-        assert unknown == [], f"{name}: snakemake {' '.join(words)}"
-        assert set(parsed.targets) <= rules(), f"{name}: snakemake {' '.join(words)}; rules: {sorted(rules())}"
-
-
-def test_the_settings_of_every_snakemake_command_are_accepted(snakemake_commands):
+def settings_of(name: str, parsed) -> dict:
+    """What a command lays over workflow/config: a file that its document shows, and --config."""
     from snakemake.cli import parse_config
 
-    for _, _, parsed, _ in snakemake_commands:
-        load(parse_config(parsed.config))
+    shown = examples_of(text_of(name))
+    files = [yaml.safe_load(shown[str(path)]) for path in parsed.configfile or []]
+    return {key: value for one in [*files, parse_config(parsed.config)] for key, value in one.items()}
+
+
+def test_every_snakemake_command_has_known_flags_settings_and_targets(snakemake_commands):
+    assert len(snakemake_commands) > 10
+    wrong = []
+    for name, words, parsed, unknown in snakemake_commands:
+        try:
+            targets = rules() | set(load(settings_of(name, parsed)).table_entries)
+        except UserError as error:
+            wrong.append(f"{name}: snakemake {' '.join(words)}: {error}")
+            continue
+        if unknown or not all(target in targets or is_made(target) for target in parsed.targets):
+            wrong.append(f"{name}: snakemake {' '.join(words)}")
+    assert wrong == []
+
+
+def test_settings_that_are_named_without_a_command_are_accepted():
+    from snakemake.cli import parse_config
+
+    found = [(name, line) for name in DOCUMENTS for line in inline_of(text_of(name)) if line.startswith("--config ")]
+    assert len(found) > 2
+    for _, line in found:
+        load(parse_config(shlex.split(line)[1:]))
+
+
+# of programs that are none of ours
+OTHERS = {"--env": "docker", "--volume": "docker", "--local-dir": "hf", "--logdir": "tensorboard", "--me": "squeue"}
+
+
+def test_every_option_that_is_named_exists():
+    from snakemake.cli import get_argument_parser
+
+    files = [path for path in files_of_the_repository() if path.endswith((".py", "Makefile"))]
+    known = set(re.findall(r"[\"'](--[a-z][\w-]*)[\"'=]", "".join((ROOT / path).read_text() for path in files)))
+    known |= {option for action in get_argument_parser()._actions for option in action.option_strings} | set(OTHERS)
+    for name in DOCUMENTS:
+        for line in code_of(text_of(name)):
+            for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", line):
+                assert option in known, f"{name}: {option} in `{line}`"
+
+
+# ---- keys and names ----
+
+
+def keys_of_the_configuration() -> set[str]:
+    """Names of all fields of entries, by the JSON Schemas that the code writes."""
+    found: set[str] = set()
+
+    def look(node) -> None:
+        if isinstance(node, dict):
+            found.update(node.get("properties", {}))
+            for value in node.values():
+                look(value)
+        elif isinstance(node, list):
+            for value in node:
+                look(value)
+
+    for path in (ROOT / "workflow" / "schemas").rglob("*.json"):
+        look(json.loads(path.read_text()))
+    return found | {"scale", "seeds", "tables"}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_key_with_a_value_is_one_of_the_configuration(name):
+    keys = keys_of_the_configuration()
+    for code in inline_of(text_of(name)):
+        if found := re.fullmatch(r"([a-z_.]+): [^/]+", code):
+            assert set(found[1].split(".")) <= keys, f"{name}: `{code}`"
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_name_is_somewhere_in_the_repository(name, everything):
+    """Entries, columns, functions, variables of the environment: a word with an underscore is none of a language."""
+    shown = "\n".join(examples_of(text_of(name)).values())
+    for code in inline_of(text_of(name)):
+        if re.fullmatch(r"[A-Za-z]+(_[A-Za-z0-9]+)+", code):
+            assert re.search(rf"\b{code}\b", everything + shown), f"{name}: `{code}`"
+
+
+@pytest.fixture(scope="module")
+def everything() -> str:
+    files = [name for name in files_of_the_repository() if name.endswith((".py", ".yaml", ".smk", "Snakefile"))]
+    return "\n".join((ROOT / name).read_text() for name in files)
 
 
 # ---- paths ----
-
-
-def grammar() -> list[str]:
-    """The paths of results/README.md, with their {placeholders}; a folder in which nothing is listed ends with /."""
-    found, run = [], ""
-    for line in re.findall(r"^    (.*)$", text_of("results/README.md"), re.MULTILINE):
-        words = line.split()
-        names = [words.pop(0)]
-        while words and re.fullmatch(r"[\w{},]+(\.[\w{},]+|/)", words[0]):
-            names.append(words.pop(0))
-        if not names[0].startswith("results/"):
-            found += [run + name for name in names]
-        elif "seed{seed}/" in names[0]:
-            run = names[0]
-        else:
-            base = names[0].rstrip("/").rpartition("/")[0] + "/"
-            found += [names[0], *(base + name for name in names[1:])]
-    return found
-
-
-def as_pattern(name: str) -> str:
-    text = re.escape(name).replace(r"\{", "{").replace(r"\}", "}")
-    text = re.sub(r"\{([^{}]*,[^{}]*)\}", lambda m: f"({m[1].replace(',', '|')})", text)
-    return re.sub(r"\{\w+\}", "[^/]+", text)
-
-
-def is_made(path: str) -> bool:
-    """Whether a path is one of the grammar's, below one of its open folders, or a folder above one. Of {json,md} the
-    first is looked for."""
-    path = re.sub(r"\{([^{},]*),[^{}]*\}", r"\1", path)
-    for name in grammar():
-        if re.fullmatch(as_pattern(name) + (".+" if name.endswith("/") else ""), path):
-            return True
-        parts, above = path.rstrip("/").split("/"), name.split("/")[:-1]
-        if "." not in parts[-1] and re.fullmatch(as_pattern("/".join(above[: len(parts)])), "/".join(parts)):
-            return True
-    return False
 
 
 @pytest.mark.parametrize(
@@ -212,13 +240,17 @@ def test_the_path_grammar_is_that_of_the_code():
     assert [str(p) for p in paths if not is_made(str(p))] == []
 
 
+def links_of(text: str) -> list[str]:
+    rest = re.sub(r"`[^`\n]*`|\$\$?[^$]*\$\$?", "", FENCE.sub("", text))
+    return [link for link in re.findall(r"\]\(([^)\s]+)\)", rest) if "://" not in link]
+
+
 def paths_of(text: str) -> set[str]:
-    """Paths of this repository in code and links."""
-    links = re.findall(r"\]\(([^)#\s]+)", text)
+    """Paths of this repository in code."""
     own = [p.name for p in ROOT.iterdir() if p.is_dir() and p.name not in (".git", ".venv", ".snakemake")]
     top = "|".join(map(re.escape, own))
-    found = re.findall(rf"(?<![\w/:.-])((?:{top})/[\w./{{}},*+-]*)", "\n".join([*code_of(text), *links]))
-    return {path.rstrip(".,") for path in found} | {link for link in links if "://" not in link}
+    found = re.findall(rf"(?<![\w/:.-])((?:{top})/[\w./{{}},*+-]*)", "\n".join(code_of(text)))
+    return {path.rstrip(".,") for path in found}
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -228,6 +260,26 @@ def test_every_path_is_there_or_is_made(name):
         pattern = re.sub(r"\{[^}]*\}", "*", path).rstrip("/")
         there = any(fnmatch(file, pattern) or fnmatch(file, f"{pattern}/*") for file in tree)
         assert there or is_made(path) or path.startswith("results/{"), f"{name}: {path}"
+
+
+def anchors(text: str) -> set[str]:
+    """Of every heading, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_anchors_are_made_as_github_does():
+    assert anchors("# pso/peers/\n## Your own: `a_b` & more, 4-step") == {"psopeers", "your-own-a_b--more-4-step"}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_link_leads_to_a_file_of_the_repository_and_a_heading_in_it(name):
+    tree = set(files_of_the_repository())
+    for link in links_of(text_of(name)):
+        path, _, anchor = link.partition("#")
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(name), path)) if path else name
+        assert target in tree, f"{name}: {link}"
+        assert not anchor or anchor in anchors(text_of(target)), f"{name}: {link}"
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -244,6 +296,8 @@ def test_every_file_that_is_named_without_a_folder_exists(name):
 def test_every_dotted_name_is_in_the_code(name):
     for dotted in re.findall(rf"`((?:{'|'.join(PACKAGES)})\.[\w.]+)", text_of(name)):
         parts = dotted.rstrip(".").split(".")
+        if parts[-1] == "py":  # a file, named without its folder
+            continue
         files = [(ROOT / "/".join(parts[:i])).with_suffix(".py") for i in range(len(parts) + 1)]
         depth = max((i for i in range(2, len(files)) if files[i].exists()), default=1)
         if depth < len(parts):
@@ -264,77 +318,7 @@ def test_the_changelog_has_an_entry_for_this_version():
     assert re.search(rf"^## \[?v?{re.escape(PROJECT['version'])}\b", text_of("CHANGELOG.md"), re.MULTILINE)
 
 
-def committed(folder: Path, *names: str) -> None:
-    """Put the files of the last commit into a folder: a run of `make` rewrites those of the working copy."""
-    for name in names:
-        done = subprocess.run(["git", "-C", str(ROOT), "show", f"HEAD:{name}"], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"no commit with {name}")
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(done.stdout)
-
-
-def test_the_readmes_numbers_are_those_of_the_committed_results(tmp_path):
-    tables = [f"tables/{name}.{kind}" for name in readme.SHOWN for kind in ("csv", "diff.json")]
-    committed(tmp_path, *(f"results/miniature/{name}" for name in (*tables, "claims.json", "cost.md")))
-    committed(tmp_path, "results/verify_scorers.json", "results/benchmarks/cpu.json")
-    contents = readme.blocks(load(), tmp_path / "results" / "miniature")
-    assert all(len(content) > 100 for content in contents.values())
-    assert text_of("README.md") == readme.fill(text_of("README.md"), contents)
-
-
-@pytest.mark.parametrize("text", ["", "<!-- cost:begin -->", "<!-- cost:begin --><!-- cost:end -->" * 2])
-def test_lost_markers_are_one_sentence(text):
-    with pytest.raises(UserError, match=r"^README\.md needs the lines <!-- cost:begin --> and <!-- cost:end -->"):
-        readme.fill(text, {"cost": "x"})
-
-
-# ---- the lock file ----
-
-LOCK = (ROOT / "requirements.lock").read_text().splitlines()
-
-
-def test_the_lock_holds_exact_pins_alone():
-    pin = re.compile(r"[A-Za-z0-9][\w.-]*(\[[\w,-]+\])?==[0-9][\w.]*( ; [^;#]+)?")
-    assert [line for line in LOCK if not pin.fullmatch(line)] == []
-
-
-@pytest.mark.parametrize("part", ["--hash", "://", "+cpu", "+cu", "file:", " @ ", "-e ", "--index", "-f "])
-def test_the_lock_holds_no_address_hash_or_local_build(part):
-    assert [line for line in LOCK if part in line] == []
-
-
-def test_the_lock_has_torch_first_and_leaves_its_builds_to_pip():
-    names = [canonicalize_name(Requirement(line).name) for line in LOCK]
-    assert names[0] == "torch" and "torchvision" not in names
-    assert [n for n in names if n.startswith(("nvidia", "triton", "cuda"))] == []
-
-
-def test_the_lock_pins_what_the_project_asks_for_within_its_bounds():
-    pins = {}
-    for line in LOCK:
-        requirement = Requirement(line)
-        pins.setdefault(canonicalize_name(requirement.name), []).append(next(iter(requirement.specifier)).version)
-    for wanted in map(Requirement, PROJECT["dependencies"]):
-        found = pins.get(canonicalize_name(wanted.name), [])
-        assert found and all(Version(v) in wanted.specifier for v in found), f"{wanted}: {found}"
-
-
-def test_the_conda_environment_installs_the_locked_torch():
-    environment = yaml.safe_load((ROOT / "envs" / "pso-bench.yaml").read_text())
-    pip = next(d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
-    assert [line for line in pip if line.startswith("torch==")] == [LOCK[0]]
-
-
 # ---- nothing of the machine that built it ----
-
-
-def files_of_the_repository() -> list[str]:
-    command = ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip("not a git checkout")
-    return [name for name in done.stdout.splitlines() if (ROOT / name).is_file()]
 
 
 # written in pieces, so that this file does not find itself

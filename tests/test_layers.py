@@ -23,6 +23,7 @@ CHAIN = (
 )
 BRANCHING = ("pso.rollout", "pso.forks", "pso.sources", "pso.stepwise", "pso.tune")  # tune finds stepwise by its path
 TORCH_FREE = [
+    "eval.method_pages",
     *(
         f"eval.{name}"
         for name in (

@@ -119,3 +119,14 @@ def test_weights_are_made_in_one_way():
     random = {"seed": 0, "num_pairs": 4, "num_prompts": 2}
     with pytest.raises(ConfigError, match="standin and random"):
         load({"scale": "smoke", "scales": {"smoke": {"random": random}}})
+
+
+def test_weights_in_a_folder_of_ones_own_wait_for_no_repository():
+    own = {"repo": "./my_lora", "file": "pytorch_lora_weights.safetensors", "scale": 0.5}
+    entry = {**PAPER.models["sdxl_dmd2_lora"].model_dump(), "title": "Mine", "loras": [own]}
+    row = {"label": "Mine", "model": "mine", "method": UNTUNED, "steps": 4}
+    table = {**PAPER.table_entries["released"].model_dump(), "rows": [row]}
+    scales = {"paper": {"default_tables": ["mine"]}}
+    config = load({"scale": "paper", "models": {"mine": entry}, "tables": {"mine": table}, "scales": scales})
+    assert Steps(config).model("mine") == Steps(config).repositories(entry["base"], entry["vae"])
+    assert len(Steps(config).model("mine")) == 2 and "./my_lora" not in needed(config)
