@@ -138,7 +138,7 @@ def smallest_p(n_prompts: int) -> float:
 
 def mean(scores: ArrayLike, clusters: ArrayLike, strata: ArrayLike | None = None) -> float:
     """The mean over prompts of one row, as `mean_interval` has it, without an interval."""
-    means, within = prompt_means(clusters, scores), _strata(clusters, strata)
+    means, within = prompt_means(clusters, scores), strata_of(clusters, strata)
     return float(_means((means[0],), within)[0])
 
 

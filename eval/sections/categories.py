@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from eval.compare import Reader
+from eval.diff import Reader
 from eval.scores import metric_title, pair, table_entry
 from eval.sections.judges import judged, marked, untuned_of
 from eval.sections.page import Context, render

@@ -13,7 +13,7 @@ import pandas as pd
 from markupsafe import Markup
 from PIL import Image, ImageOps
 
-from eval.compare import Reader
+from eval.diff import Reader
 from eval.grids import REAL, Line, prompt_lines, subject_lines, titles, told
 from eval.scores import IMAGE, metric_title, run_folders, table_entry
 from eval.sections.judges import judged, marked, untuned_of
