@@ -127,6 +127,9 @@ def _panel(config: Config, panel: Axes, x: str, y: str, shown: Curves, every: li
         labelled.add(row.label)
         values = _values(frame, x, y)
         panel.plot(values[x], values[y], label=label, **style.method_style(config, row.method))
+    if not any(len(_values(frame, x, y)) for *_, frame in every):
+        panel.text(0.5, 0.5, "nothing was measured", ha="center", va="center", transform=panel.transAxes)
+        panel.set(xticks=[], yticks=[])
     panel.set(title=_title(config, shown, x, y), xlabel=_label(config, x), ylabel=_label(config, y))
     highest = max((frame["kl"].max() for *_, frame in every if "kl" in frame), default=0)
     for name, axis in (("x", x), ("y", y)):

@@ -354,6 +354,17 @@ def test_the_untuned_level_is_named_where_the_first_panel_has_none(tmp_path):
     assert [text.get_text() for text in figure.legends[0].get_texts()][-1] == "untuned"
 
 
+def test_a_figure_of_runs_without_probes_has_no_numbers_on_its_axes(tmp_path):
+    cfg = tree(tmp_path)
+    for method in MODULES:
+        (run_of(cfg, tmp_path, method) / "train.jsonl").unlink()
+    (shown,) = figures.curves(cfg)
+    drawn = curves(cfg, tmp_path, shown)
+    (panel,) = drawn.figure.axes
+    assert panel.texts[0].get_text() == "nothing was measured" and list(panel.get_xticks()) == []
+    assert "No probes: Naive fine-tune, Offline-PSO, Online-PSO." in drawn.caption
+
+
 def test_every_method_is_probed_for_blur():
     """So that every tuned model's curves show it."""
     methods = load({}).methods
