@@ -30,6 +30,7 @@ from documents import (
 )
 
 from pso.config import load
+from pso.entries import TOP_LEVEL
 from pso.paths import LORA_FILE, images_dir, model_dir, run_dir, scores_file
 from pso.provenance import UserError
 
@@ -180,7 +181,7 @@ def keys_of_the_configuration() -> set[str]:
 
     for path in (ROOT / "workflow" / "schemas").rglob("*.json"):
         look(json.loads(path.read_text()))
-    return found | {"scale", "seeds", "tables"}
+    return found | TOP_LEVEL
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

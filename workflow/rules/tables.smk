@@ -75,7 +75,10 @@ rule draw:
     input:
         all_scores(),
     output:
-        [shown(figure, "figure", "Figures") for figure in FIGURES],
+        [
+            shown(figure, "figure", "Figures") if figure.endswith(".png") else figure
+            for figure in FIGURES
+        ],
     log:
         f"{BASE}/logs/figures.log",
     conda:
