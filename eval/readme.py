@@ -52,7 +52,13 @@ def table_block(config: Config, base: Path, name: str) -> str:
     found = json.loads((base / "tables" / f"{name}.diff.json").read_text())
     told = paragraph(found, {metric: metric_title(config, metric) for metric in entry.metrics})
     title = f"**Table {name.removeprefix('table')}.** {entry.caption}"
-    return "\n\n".join([title, lines.to_markdown(index=False, disable_numparse=True, colalign=align), told])
+    table = lines.to_markdown(index=False, disable_numparse=True, colalign=align)
+    return "\n\n".join([title, table, folded("Against the base rows, and where the paper says otherwise", told)])
+
+
+def folded(summary: str, text: str) -> str:
+    """Markdown that a reader opens."""
+    return f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>"
 
 
 def claims_block(claims: list[dict]) -> str:
