@@ -73,8 +73,9 @@ def claims_block(claims: list[dict]) -> str:
         parts.append(f"Measured and {FAILS}:\n\n" + "\n".join(f"- {text}" for text in texts))
     open_ones = [c for c in claims if c["verdict"] == INCONCLUSIVE]
     missing = sum(bool(c["reason"]) for c in open_ones)
-    told = f"Of the {len(open_ones)} inconclusive ones {missing} could not be measured; of the others neither interval"
-    parts.append(f"{told} nor Holm's p decides: [claims](results/miniature/claims.md).")
+    told = f"{len(open_ones)} are inconclusive: their interval, or Holm's p, does not decide"
+    told += f", or ({missing} of them) they could not be measured" if missing else ""
+    parts.append(f"{told} ([claims](results/miniature/claims.md)).")
     return "\n\n".join(parts)
 
 
