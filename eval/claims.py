@@ -35,20 +35,20 @@ from pso.runs import metric_missing
 
 ALPHA = 0.05
 HOLDS, FAILS, INCONCLUSIVE = "holds", "fails", "inconclusive"
-RULES = """\
+HOW = """\
 Each claim is one comparison of two rows on the same prompts and the same noise, averaged over the images of a prompt;
 its eval sets are pooled. The interval is a 95 % bootstrap over prompts, p is a two-sided sign-flip test of the claim's
 own bound, and Holm's p is adjusted for all declared claims (one that could not be measured counts with p = 1).
 Training seeds are averaged; the interval does not cover their spread. Of a table with subjects a mean is that of the
-subjects' means, and the bootstrap is over subjects where there are at least 10, else over prompts within them.
-
-| relation | estimate | bound | holds | fails |
-|---|---|---|---|---|
-| above | left - right | 0 | interval above the bound | interval below the bound |
-| below | left - right | 0 | interval below the bound | interval above the bound |
-| not_below | left - right | -margin | interval above the bound | interval below the bound |
-| at_least_share | left / right | share | interval above the bound | interval below the bound |
-
+subjects' means, and the bootstrap is over subjects where there are at least 10, else over prompts within them."""
+RELATIONS = (
+    ("relation", "estimate", "bound", "holds", "fails"),
+    ("above", "left - right", "0", "interval above the bound", "interval below the bound"),
+    ("below", "left - right", "0", "interval below the bound", "interval above the bound"),
+    ("not_below", "left - right", "-margin", "interval above the bound", "interval below the bound"),
+    ("at_least_share", "left / right", "share", "interval above the bound", "interval below the bound"),
+)
+BOTH = """\
 Both also need Holm's p < 0.05; otherwise a claim is inconclusive. `paper's cells`: whether the paper's own printed
 numbers say the same on every eval set of the claim (*holds*, *does not hold*, *equal*, *not printed*). They come
 without intervals, so this is their direction and no more."""
@@ -59,7 +59,7 @@ DOUBTS = "Other notes on the paper's cells: its text against its tables, labels,
 
 
 def judge(claim: ClaimEntry, estimate: Estimate, p_holm: float, bound: float) -> str:
-    """The rule of RULES."""
+    """The rule of RELATIONS and BOTH."""
     low, high = estimate.low, estimate.high
     if claim.relation == "below":
         low, high, bound = -high, -low, -bound
@@ -203,29 +203,39 @@ def to_markdown(config: Config, found: list[dict]) -> str:
         lines = [_line(config, entry) for entry in found if entry["group"] == group]
         parts += [f"## {group}", pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)]
     parts += _false_in_paper(found)
-    parts += ["## How a claim is judged", RULES, "## The claims", "\n".join(_details(config, e) for e in found)]
+    parts += ["## How a claim is judged", HOW, _relations(), BOTH]
+    parts += ["## The claims", "\n".join(_details(config, entry) for entry in found)]
     return "\n\n".join(parts) + "\n"
+
+
+def _relations() -> str:
+    head, *lines = [f"| {' | '.join(cells)} |" for cells in RELATIONS]
+    return "\n".join([head, "|---" * len(RELATIONS[0]) + "|", *lines])
 
 
 def _false_in_paper(found: list[dict]) -> list[str]:
     """The section on what the paper's own numbers contradict, from those numbers."""
-    false = [f"- {entry['text']} {_printed(entry)} (`{entry['id']}`)" for entry in found if _is_false(entry)]
-    tables = [table for table in dict.fromkeys(e["table"] for e in found) if reference_file(table).exists()]
-    noted = [f"- {line}" for line in doubts(tables)]
+    false = [f"- {entry['text']} {printed_cells(entry)} (`{entry['id']}`)" for entry in found if is_false(entry)]
+    noted = [f"- {line}" for line in doubts_of(found)]
     parts = [FALSE_IN_PAPER, "\n".join(false) or "None of them."] + ([DOUBTS, "\n".join(noted)] if noted else [])
     return ["## False in the paper's own tables", *parts]
 
 
-def _is_false(entry: dict) -> bool:
+def doubts_of(found: list[dict]) -> list[str]:
+    """Notes on the paper's cells of the tables that the claims are about."""
+    return doubts([table for table in dict.fromkeys(e["table"] for e in found) if reference_file(table).exists()])
+
+
+def is_false(entry: dict) -> bool:
     return entry["paper"]["verdict"] == PAPER_FAILS
 
 
-def _printed(entry: dict) -> str:
+def printed_cells(entry: dict) -> str:
     cells = [f"{c['left']} against {c['right']} on {c['eval_set']}: {c['verdict']}" for c in entry["paper"]["cells"]]
     return f"{entry['left']} against {entry['right']}: {'; '.join(cells)}."
 
 
-def _number(config: Config, entry: dict, value: float) -> str:
+def number(config: Config, entry: dict, value: float) -> str:
     """A ratio with at least 3 decimals, a difference with at least one more than the table prints."""
     if entry["relation"] == "at_least_share":
         return f"{value:.{digits(3, entry['interval'])}f}"
@@ -238,11 +248,11 @@ def _line(config: Config, entry: dict) -> dict:
     line |= {"paper's cells": entry["paper"]["verdict"], "n": entry["n"] or ""}
     if entry["estimate"] is None:
         return line | dict.fromkeys(("estimate", "95 % interval", "bound", "p", "Holm's p", "left wins"), "")
-    ends = [_number(config, entry, end) for end in entry["interval"]]
+    ends = [number(config, entry, end) for end in entry["interval"]]
     return line | {
-        "estimate": _number(config, entry, entry["estimate"]),
+        "estimate": number(config, entry, entry["estimate"]),
         "95 % interval": f"[{', '.join(ends)}]",
-        "bound": _number(config, entry, entry["bound"]),
+        "bound": number(config, entry, entry["bound"]),
         "p": f"{entry['p_value']:.4f}",
         "Holm's p": f"{entry['p_value_holm']:.4f}",
         "left wins": f"{entry['win_rate']:.1%}",
@@ -258,7 +268,7 @@ def _details(config: Config, entry: dict) -> str:
     seeds = entry["training_seeds"]["left"]
     text += f"; {entry['n']} pairs of images of {entry['prompts']} prompts; {len(seeds)} training seed(s)"
     for seed, value in entry["estimate_by_training_seed"].items():
-        text += f", seed {seed}: {_number(config, entry, value)}"
+        text += f", seed {seed}: {number(config, entry, value)}"
     text += f"; scorer {entry['scorer']['digest']}"
     if entry["is_training_reward"]:
         text += f". {title} was the training reward of {entry['left']}, so this is no independent evidence"

@@ -29,8 +29,8 @@ COLUMNS = {
 GPU = "peak_gpu_gib"
 
 
-def records(config: Config, results: Path) -> list[dict]:
-    """The record of every job behind the tables asked for, in the order of the DAG."""
+def record_files(config: Config, results: Path) -> dict[str, Path]:
+    """Job -> its record, of every job behind the tables asked for, in the order of the DAG; there or not."""
     root, wanted = scale_dir(config.scale, results), jobs(config)
     runs = [job.folder(config.scale, results) / "run.json" for job in wanted if job.method != UNTUNED]
     runs += [  # what stands for checkpoints of others
@@ -43,13 +43,17 @@ def records(config: Config, results: Path) -> list[dict]:
     paths = [*drawn, *sorted(root.glob("hub/*.json")), *sorted(root.glob("cache/*/*.json")), *runs]
     paths += [folder / f"{what}.json" for what in ("images", "scores") for folder in models]
     untuned = [manifest(folder, what, untuned=True) for what in ("images", "scores") for folder in models]
+    found = [*paths, *(path for path in untuned if path.exists())]
+    return {str(path.relative_to(root).with_suffix("")): path for path in found}
+
+
+def records(config: Config, results: Path) -> list[dict]:
+    """What every job cost; UserError if a record is not there."""
     found = []
-    for path in dict.fromkeys([*paths, *(path for path in untuned if path.exists())]):
+    for name, path in record_files(config, results).items():
         if not path.exists():
             raise UserError(f"{path} is not there; run `snakemake --cores 2` first.")
-        content = json.loads(path.read_text())
-        name = str(path.relative_to(root).with_suffix(""))
-        found.append({"job": name, **content["cost"]})
+        found.append({"job": name, **json.loads(path.read_text())["cost"]})
     return found
 
 
