@@ -9,7 +9,7 @@ results/{scale}/{task}/{model}/untuned_images.json untuned_scores.json calibrate
 results/{scale}/calibrate.{md,json}                          the untuned rows against the paper's cells
 results/{scale}/cache/{model or metric}/{dataset}.safetensors .json     latents, embeddings
 results/{scale}/cache/texts/{owner}--{name}.safetensors .json        text conditions by a base's text encoders
-results/{scale}/tables/  claims.{md,json}  figures/  hub/
+results/{scale}/report.html  tables/  claims.{md,json}  figures/  hub/
 """
 
 from pathlib import Path

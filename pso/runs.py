@@ -142,7 +142,8 @@ def metrics(config: Config, task: str) -> list[str]:
 
 def where_results_lie(config: Config, results: Path = RESULTS) -> str:
     base = Path(results) / config.scale
-    lines = [f"table and diff to the paper  {base}/tables/{t}.md  {base}/tables/{t}.diff.md" for t in config.tables]
+    lines = [f"all of it on one page        {base}/report.html"]
+    lines += [f"table and diff to the paper  {base}/tables/{t}.md  {base}/tables/{t}.diff.md" for t in config.tables]
     lines += [f"claims                       {base}/claims.md", f"sample grids and curves      {base}/figures/"]
     return "\n".join([*lines, f"cost of every job            {base}/cost.md"])
 

@@ -88,6 +88,19 @@ def needs(kind, job=""):
     }
 
 
+# ---- snakemake --report
+
+
+def shown(path, caption, category, subcategory=None):
+    """An output that Snakemake's own report shows, with its caption of workflow/report/."""
+    return report(
+        path,
+        caption=f"../report/{caption}.rst",
+        category=category,
+        subcategory=subcategory,
+    )
+
+
 # ---- inputs
 
 

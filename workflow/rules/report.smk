@@ -20,7 +20,7 @@ rule report_page:
         f"{BASE}/claims.json",
         f"{BASE}/cost.md",
     output:
-        f"{BASE}/report.html",
+        shown(f"{BASE}/report.html", "page", "Report"),
     log:
         f"{BASE}/logs/report.log",
     conda:
@@ -29,6 +29,7 @@ rule report_page:
         **needs("report_page"),
     params:
         view=VIEW,
+        models={name: model.title for name, model in CONFIG.models.items()},
         claims={name: claim.model_dump() for name, claim in CONFIG.claims.items()},
         assets={path.name: sha256_of(path) for path in ASSETS},
         code=fingerprint("eval.report"),

@@ -14,7 +14,9 @@ rule table:
         lambda w: table_scores(w.table),
         lambda w: reference(w.table),
     output:
-        multiext(f"{BASE}/tables/{{table}}", ".csv", ".tex", ".md"),
+        shown(f"{BASE}/tables/{{table}}.csv", "table", "Tables", "{table}"),
+        shown(f"{BASE}/tables/{{table}}.md", "table", "Tables", "{table}"),
+        f"{BASE}/tables/{{table}}.tex",
     log:
         f"{BASE}/logs/{{table}}.log",
     conda:
@@ -33,7 +35,8 @@ rule diff:
         lambda w: table_scores(w.table),
         lambda w: reference(w.table),
     output:
-        multiext(f"{BASE}/tables/{{table}}.diff", ".md", ".json"),
+        shown(f"{BASE}/tables/{{table}}.diff.md", "diff", "Tables", "{table}"),
+        f"{BASE}/tables/{{table}}.diff.json",
     log:
         f"{BASE}/logs/{{table}}.diff.log",
     conda:
@@ -52,7 +55,8 @@ rule judge:
         all_scores(),
         reference(*CONFIG.table_entries),
     output:
-        multiext(f"{BASE}/claims", ".md", ".json"),
+        shown(f"{BASE}/claims.md", "claims", "Claims"),
+        f"{BASE}/claims.json",
     log:
         f"{BASE}/logs/claims.log",
     conda:
@@ -71,7 +75,10 @@ rule draw:
     input:
         all_scores(),
     output:
-        FIGURES,
+        [
+            shown(path, "figure", "Figures") if path.endswith(".png") else path
+            for path in FIGURES
+        ],
     log:
         f"{BASE}/logs/figures.log",
     conda:
