@@ -27,7 +27,8 @@ TORCH_FREE = [
         f"eval.{name}"
         for name in (
             *("stats", "scores", "tables", "compare", "claims", "figures", "grids", "curves", "cost", "readme"),
-            *("paper", "untuned", "calibrate", "run_notes"),
+            *("paper", "untuned", "calibrate", "run_notes", "report"),
+            *(f"sections.{part}" for part in ("page", "overview", "tables", "claims", "cost", "provenance")),
         )
     ),
     *(
