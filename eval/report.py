@@ -11,7 +11,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from eval.sections import categories, claims, cost, curves, grids, overview, provenance, tables, wins
-from eval.sections.page import FOLDER, Context, render
+from eval.sections.page import FOLDER, Context, inline, render
 from eval.tables import scale_sentence
 from pso.config import add_arguments, from_arguments
 from pso.paths import RESULTS, scale_dir
@@ -19,15 +19,18 @@ from pso.provenance import atomic, sentences
 
 # in the order of the page; imported by name, so that their code is part of the rule's
 SECTIONS = (overview, tables, claims, grids, curves, wins, categories, cost, provenance)
+WITHOUT_RUNS = (overview, tables, claims)  # of files that the repository holds; the others read what runs left
+NO_RUNS = "No job has left its record here; `snakemake --cores 2` runs them and makes this page again."
 
 
 def page(context: Context) -> str:
     """The whole page."""
     found = []
     for module in SECTIONS:
-        html = module.section(context)
+        readable = module in WITHOUT_RUNS or context.records
+        html = module.section(context) if readable else Markup("<p>{}</p>").format(inline(NO_RUNS))
         if html is None:
-            html = Markup("<p>{}</p>").format(module.WHY_NONE)
+            html = Markup("<p>{}</p>").format(inline(module.WHY_NONE))
         found.append({"id": module.__name__.rpartition(".")[2], "title": module.TITLE, "html": html})
     style, script = (Markup((FOLDER / f"page.{kind}").read_text()) for kind in ("css", "js"))
     title = f"PSO-bench: results of scale {context.config.scale}"

@@ -229,31 +229,43 @@ def test_the_overview_counts_what_the_files_hold(committed):
     assert f"{claims['holds']} hold" in overview and f"{claims['fails']} fail" in overview
 
 
+def check_names(found: Node) -> None:
+    """Every id once, and every link within the page leads somewhere."""
+    ids = [node.attributes["id"] for node in found.walk() if "id" in node.attributes]
+    assert [name for name, count in Counter(ids).items() if count > 1] == []
+    hrefs = [n.attributes.get(key) or "" for n in found.walk() for key in ("href", "xlink:href")]
+    assert {href[1:] for href in hrefs if href.startswith("#")} <= set(ids)
+
+
 def test_sections_stand_in_order_and_links_within_the_page_lead_somewhere(committed):
-    ids = [node.attributes["id"] for node in committed.walk() if "id" in node.attributes]
-    assert len(ids) == len(set(ids))
     names = [module.__name__.rpartition(".")[2] for module in SECTIONS]
     assert [link.attributes["href"] for link in committed.one("nav").all("a")] == [f"#{name}" for name in names]
     assert [node.attributes["id"] for node in committed.one("main").children if isinstance(node, Node)] == names
-    inner = {link.attributes["href"][1:] for link in committed.all("a") if link.attributes["href"][0] == "#"}
-    assert inner <= set(ids)
+    check_names(committed)
+
+
+ADDRESSES = ("src", "srcset", "href", "xlink:href", "data", "poster", "action", "data-src")
 
 
 def is_inside(node: Node, name: str, value: str) -> bool:
-    if name == "href":
-        return node.tag == "a" and value.startswith(("#", "https://arxiv.org/", "https://github.com/"))
-    return value.startswith("data:")
+    if node.tag == "a":
+        return value.startswith(("#", "https://arxiv.org/", "https://github.com/"))
+    return value.startswith(("data:", "#"))
+
+
+def check_alone(found: Node) -> None:
+    """Nothing is loaded from anywhere."""
+    named = [(n, name, n.attributes[name]) for n in found.walk() for name in ADDRESSES if n.attributes.get(name)]
+    assert [value for node, name, value in named if not is_inside(node, name, value)] == []
+    assert not found.all("link") and not found.all("iframe")
+    policy = found.one("meta", http_equiv="Content-Security-Policy").attributes["content"]
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    code = "".join(child for kind in ("style", "script") for node in found.all(kind) for child in node.children)
+    assert not re.search(r"https?:|url\((?!#)|@import|fetch\(|XMLHttpRequest|eval\(", code)
 
 
 def test_nothing_is_loaded_from_anywhere(committed):
-    names = ("src", "srcset", "href", "data", "poster", "action", "data-src")
-    found = [(n, name, n.attributes[name]) for n in committed.walk() for name in names if n.attributes.get(name)]
-    assert [value for node, name, value in found if not is_inside(node, name, value)] == []
-    assert not committed.all("link") and not committed.all("iframe")
-    policy = committed.one("meta", http_equiv="Content-Security-Policy").attributes["content"]
-    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-    code = "".join(child for kind in ("style", "script") for child in committed.one(kind).children)
-    assert not re.search(r"https?:|url\(|@import|fetch\(|XMLHttpRequest|eval\(", code)
+    check_alone(committed)
 
 
 def test_the_page_is_the_same_byte_for_byte():
@@ -379,6 +391,8 @@ def test_the_page_of_a_whole_run_has_every_job_and_scorer(smoke):
     for path in base.glob("preference/*/*/seed0/run.json"):
         record = json.loads(path.read_text())
         assert record["config_digest"] in of_it and record["code"]["commit"] in of_it
+    check_names(found)
+    check_alone(found)
     assert str(smoke) not in text and str(Path.home()) not in text and len(text) < 15e6
 
 

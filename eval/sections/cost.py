@@ -6,7 +6,6 @@ from eval.cost import stage
 from eval.sections.page import Context, render
 
 TITLE = "Cost"
-WHY_NONE = "No job has left its record yet; `snakemake --cores 2` runs them."
 SUMS = ("wall_s", "cpu_s", "unet_forwards", "reward_queries", "images", "scores_made", "gpu_hours")
 PEAKS = ("peak_rss_gib", "peak_gpu_gib")
 COLUMNS = {
@@ -22,9 +21,7 @@ COLUMNS = {
 }
 
 
-def section(context: Context) -> str | None:
-    if not context.records:
-        return None
+def section(context: Context) -> str:
     frame = costs(context.records)
     shown = {name: head for name, head in COLUMNS.items() if frame[name].notna().any()}
     by_stage = frame.groupby("stage", sort=False)

@@ -1,8 +1,9 @@
 """What every section of report.html works with: where results lie, and how HTML is made. No torch.
 
 A section is a module with `TITLE` (its heading) and `section(context) -> str | None`: HTML that goes below an <h2>, or
-None where these results have nothing for it, with `WHY_NONE`, a sentence that then stands in its place. Its template is
-the file of the same name beside it. HTML comes from templates alone: Jinja escapes all that is put into them.
+None where these results have nothing for it, with `WHY_NONE`, a sentence that then stands in its place. Where no job
+has left a record it is asked only if it is of WITHOUT_RUNS (eval/report.py). Its template is the file of the same name
+beside it. HTML comes from templates alone: Jinja escapes all that is put into them.
 """
 
 import base64

@@ -17,14 +17,11 @@ from pso.provenance import UserError, digest
 from pso.runs import jobs, metrics
 
 TITLE = "Provenance"
-WHY_NONE = "No job has left its record yet; `snakemake --cores 2` runs them."
 SHORT = 12  # digits of a sha256 that are shown
 
 
-def section(context: Context) -> str | None:
+def section(context: Context) -> str:
     records = context.records
-    if not records:
-        return None
     scorers, dropped = score_files(context)
     tuned = {job: record for job, record in records.items() if record["job"] == "tune"}
     return render(
