@@ -15,7 +15,7 @@ import pandas as pd
 
 from eval.paper import DOUBTFUL, load_reference
 from eval.prose import paragraph
-from eval.scores import Scores, find_row, metric_title, pair, read_scores, table_entry, units
+from eval.scores import ScoreFiles, Scores, find_row, metric_title, pair, table_entry, units
 from eval.stats import mean_interval, paired_difference, prompt_means
 from eval.tables import DASH, digits, scale_sentence
 from eval.untuned import off, warning
@@ -57,20 +57,16 @@ def base_label(reference: pd.DataFrame, label: str) -> str:
 
 
 class Reader:
-    """Scores of a table's rows, each file read once."""
+    """Scores of a table's rows, each file read once; files: of other tables too."""
 
-    def __init__(self, config: Config, results: Path, table: TableEntry) -> None:
-        self.config, self.results, self.table = config, results, table
-        self.read: dict[tuple, Scores] = {}
+    def __init__(self, config: Config, results: Path, table: TableEntry, files: ScoreFiles | None = None) -> None:
+        self.config, self.table, self.files = config, table, files or ScoreFiles(config, results)
 
     def missing(self, row: Row, metric: str) -> str | None:
         return row.missing or metric_missing(self.config, self.table, metric)
 
     def __call__(self, row: Row, eval_set: str, metric: str) -> Scores:
-        key = row.label, eval_set, metric
-        if key not in self.read:
-            self.read[key] = read_scores(self.config, self.results, row, eval_set, metric, self.table.tasks)
-        return self.read[key]
+        return self.files(row, eval_set, metric, self.table.tasks)
 
 
 def _sign(difference: float) -> str:

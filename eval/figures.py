@@ -13,7 +13,7 @@ from eval import style
 from eval.curves import curves
 from eval.gains import cost, gains
 from eval.grids import of_subjects, samples
-from eval.scores import table_entry
+from eval.scores import ScoreFiles, table_entry
 from eval.tables import as_latex
 from eval.win_maps import win_map
 from pso import figures, paths
@@ -24,14 +24,15 @@ from pso.provenance import atomic, sentences
 
 def drawn(config: Config, results: Path) -> Iterator[style.Drawn]:
     """Every figure, in the order of figures.figure_names."""
+    files = ScoreFiles(config, results)
     for grid in figures.grids(config):
         yield (of_subjects if table_entry(config, grid.table).subjects else samples)(config, results, grid)
     for shown in figures.curves(config):
         yield curves(config, results, shown)
     for shown in figures.costs(config):
-        yield cost(config, shown, gains(config, results, shown))
+        yield cost(config, shown, gains(config, results, shown, files))
     for shown in figures.matrices(config):
-        yield win_map(config, results, shown)
+        yield win_map(config, results, shown, files)
 
 
 def to_latex(one: style.Drawn, scale: str) -> str:

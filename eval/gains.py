@@ -18,7 +18,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatt
 
 from eval import style
 from eval.curves import model_and_task
-from eval.scores import Scores, metric_title, read_scores, run_folders
+from eval.scores import ScoreFiles, Scores, metric_title, run_folders
 from eval.tables import scale_sentence
 from eval.wins import by_prompt, mean_intervals
 from pso.entries import UNTUNED, Config, Row
@@ -43,14 +43,17 @@ def spent(config: Config, results: Path, row: Row, tasks: tuple[str, ...]) -> di
     return pd.DataFrame(found)[list(COUNTED)].mean().to_dict()
 
 
-def gains(config: Config, results: Path, shown: Cost) -> pd.DataFrame:
-    """label, method, eval_set, metric, value, low, high and COUNTED (missing for the untuned row), a line per cell."""
-    lines = []
+def gains(config: Config, results: Path, shown: Cost, files: ScoreFiles | None = None) -> pd.DataFrame:
+    """label, method, eval_set, metric, value, low, high and COUNTED (missing for the untuned row), a line per cell.
+
+    files: what has been read already.
+    """
+    files, lines = files or ScoreFiles(config, results), []
     took = {row.label: spent(config, results, row, shown.tasks) for row in shown.rows if row.method != UNTUNED}
     base = next((place for place, row in enumerate(shown.rows) if row.method == UNTUNED), None)
     for eval_set in shown.eval_sets:
         for metric in shown.metrics:
-            scores = [read_scores(config, results, row, eval_set, metric, shown.tasks) for row in shown.rows]
+            scores = [files(row, eval_set, metric, shown.tasks) for row in shown.rows]
             for row, cell in zip(shown.rows, _cells(config, scores, base), strict=True):
                 place = {"label": row.label, "method": row.method, "eval_set": eval_set, "metric": metric}
                 lines.append(place | cell | took.get(row.label, dict.fromkeys(COUNTED)))

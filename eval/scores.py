@@ -126,6 +126,20 @@ def pooled(label: str, metric: str, parts: Sequence[tuple[str, int, pd.DataFrame
     return scores
 
 
+class ScoreFiles:
+    """Scores of rows, each read once: tables, maps and sections of a page ask for the same ones many times."""
+
+    def __init__(self, config: Config, results: Path) -> None:
+        self.config, self.results = config, results
+        self.read: dict[tuple, Scores] = {}
+
+    def __call__(self, row: Row, eval_set: str, metric: str, tasks: Sequence[str] = ("preference",)) -> Scores:
+        key = row.label, row.model, row.method, row.steps, eval_set, metric, tuple(tasks)
+        if key not in self.read:
+            self.read[key] = read_scores(self.config, self.results, row, eval_set, metric, tasks)
+        return self.read[key]
+
+
 def read_file(path: Path, again: str) -> tuple[pd.DataFrame, dict]:
     """Lines and metadata of a file; again: the command that makes it."""
     try:

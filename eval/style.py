@@ -127,7 +127,7 @@ def _settle(figure: Figure) -> None:
     if figure.get_layout_engine() is not None:
         with look():
             figure.draw_without_rendering()
-        figure.set_layout_engine("none")
+            figure.set_layout_engine(None)  # "none" would leave a placeholder, for which every file is drawn twice
 
 
 # ---- in a page ----

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eval import style
-from eval.scores import metric_title
+from eval.scores import ScoreFiles, metric_title
 from eval.tables import scale_sentence
 from eval.wins import win_rates
 from pso.entries import Config
@@ -23,8 +23,11 @@ SIDE_BY_SIDE = 8  # rows that leave room for two maps
 
 
 @style.look()
-def win_map(config: Config, results: Path, shown: Matrix) -> style.Drawn:
-    """A map for each metric: the row's share against the column's; bold where its interval leaves out one half."""
+def win_map(config: Config, results: Path, shown: Matrix, files: ScoreFiles | None = None) -> style.Drawn:
+    """A map for each metric: the row's share against the column's; bold where its interval leaves out one half.
+
+    files: what has been read already.
+    """
     names = [row.label for row in shown.rows]
     beside = len(names) <= SIDE_BY_SIDE
     maps = len(shown.metrics)
@@ -33,7 +36,7 @@ def win_map(config: Config, results: Path, shown: Matrix) -> style.Drawn:
     panels = figure.subplots(*((1, maps) if beside else (maps, 1)), squeeze=False).ravel()
     prompts = 0
     for place, (metric, panel) in enumerate(zip(shown.metrics, panels, strict=True)):
-        found = win_rates(config, results, shown.table, metric, shown.eval_set)
+        found = win_rates(config, results, shown.table, metric, shown.eval_set, files)
         prompts = int(found["prompts"].max())
         tables = {name: _square(found, names, name) for name in ("win_rate", "low", "high")}
         _panel(panel, tables, names if not beside or place == 0 else None)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from eval.scores import Scores, check_same_scorer, pair, per_image, read_scores, table_entry, units
+from eval.scores import ScoreFiles, Scores, check_same_scorer, pair, per_image, table_entry, units
 from eval.stats import BATCH, LEVEL, prompt_means, strata_of
 from pso.entries import Config
 from pso.provenance import UserError
@@ -21,18 +21,21 @@ from pso.runs import metric_missing
 COLUMNS = ["left", "right", "win_rate", "low", "high", "prompts"]
 
 
-def win_rates(config: Config, results: Path, table_name: str, metric: str, eval_set: str) -> pd.DataFrame:
+def win_rates(
+    config: Config, results: Path, table_name: str, metric: str, eval_set: str, files: ScoreFiles | None = None
+) -> pd.DataFrame:
     """COLUMNS, for every left and every other right, labels in the table's order: the share of prompts on which left
     scores above right (equal scores count half), its 95 % interval, and how many prompts (or subjects) there are.
 
-    Above is above, also of a metric that is better when lower.
+    Above is above, also of a metric that is better when lower. files: what has been read already.
     """
     table = table_entry(config, table_name)
     if eval_set not in table.eval_sets:
         raise UserError(f"{table_name} has no eval set {eval_set!r}; expected {' or '.join(table.eval_sets)}.")
     if reason := metric_missing(config, table, metric):
         raise UserError(f"{table_name} has no numbers of {metric!r}: {reason}; expected another metric.")
-    rows = [read_scores(config, results, row, eval_set, metric, table.tasks) for row in table.shown_rows]
+    files = files or ScoreFiles(config, results)
+    rows = [files(row, eval_set, metric, table.tasks) for row in table.shown_rows]
     if len(rows) < 2:
         return pd.DataFrame(columns=COLUMNS)
     scale = config.scale_entry
@@ -43,10 +46,12 @@ def by_prompt(rows: list[Scores]) -> tuple[np.ndarray, list[np.ndarray]]:
     """[rows, prompts] (or subjects, where they are what is resampled), of the same images; places of each stratum."""
     check_same_scorer(rows)
     pairs = pair(rows[0], rows[0])  # the images, in order
-    for other in rows[1:]:
-        pair(rows[0], other)  # refuses rows that were scored on other images
+    scores = [per_image(row) for row in rows]
+    for other, found in zip(rows, scores, strict=True):
+        if not found.index.equals(scores[0].index):  # both are sorted
+            pair(rows[0], other)  # says what is not in both
     within = units(pairs)
-    means = prompt_means(within["clusters"], *(per_image(row).to_numpy() for row in rows))
+    means = prompt_means(within["clusters"], *(found.to_numpy() for found in scores))
     return means, strata_of(**within) or [np.arange(means.shape[1])]
 
 

@@ -64,7 +64,7 @@ def differences(
 ) -> tuple[list[str], dict[tuple[str, str], np.ndarray]]:
     """Prompt ids in order; (metric, label of a row) -> each prompt's mean difference to the untuned row."""
     table = table_entry(context.config, name)
-    reader = Reader(context.config, context.results, table)
+    reader = Reader(context.config, context.results, table, context.scores)
     prompt_ids, found = [], {}
     for metric, row in itertools.product(metrics, rows):
         pairs = pair(reader(row, eval_set, metric), reader(untuned_of(table, row), eval_set, metric))

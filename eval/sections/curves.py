@@ -24,7 +24,7 @@ def section(context: Context) -> str | None:
     for shown in figures.curves(config):
         found.append((curves(config, results, shown), *probe_table(context, shown)))
     for shown in figures.costs(config):
-        frame = gains(config, results, shown)
+        frame = gains(config, results, shown, context.scores)
         found.append((cost(config, shown, frame), *cost_table(context, shown, frame)))
     shown = [{"title": d.title, "caption": d.caption, "svg": element(d), "heads": h, "lines": li} for d, h, li in found]
     return render("curves.html", figures=shown) if shown else None

@@ -44,7 +44,7 @@ class ShownScores:
 
     def __init__(self, context: Context, name: str) -> None:
         self.context, self.name, self.table = context, name, table_entry(context.config, name)
-        self.reader, self.read = Reader(context.config, context.results, self.table), {}
+        self.reader, self.read = Reader(context.config, context.results, self.table, context.scores), {}
         self.metrics, self.places = judged(context.config, self.table), decimals(context.config, name)
 
     def value(self, row: Row, eval_set: str, metric: str, line: Line) -> float | None:

@@ -18,6 +18,7 @@ import pandas as pd
 from markupsafe import Markup, escape
 
 from eval.cost import record_files
+from eval.scores import ScoreFiles
 from pso.entries import Config
 from pso.paths import scale_dir
 from pso.provenance import UserError
@@ -57,6 +58,11 @@ class Context:
     def diff(self, name: str) -> dict | None:
         """tables/{name}.diff.json, where the paper has the table."""
         return self.json(f"tables/{name}.diff.json") if self.has(f"tables/{name}.diff.json") else None
+
+    @cached_property
+    def scores(self) -> ScoreFiles:
+        """Scores of every image, read once for all sections."""
+        return ScoreFiles(self.config, self.results)
 
     @cached_property
     def records(self) -> dict[str, dict]:

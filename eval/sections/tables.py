@@ -122,10 +122,10 @@ def _block(config: Config, name: str, lines: pd.DataFrame, metrics: list[str], b
     """One eval set's rows."""
     extra = {row.label for row in table_entry(config, name).extra_rows}
     texts, best = block(config, name, lines, metrics)
-    rows = []
+    places, rows = decimals(config, name), []
     for place, line in enumerate(lines.to_dict("records")):
         cells = [
-            _cell(config, name, line, metric, beside)
+            _cell(places, line, metric, beside)
             | printed_as(texts[metric].iloc[place])
             | {"best": bool(best[metric].iloc[place])}
             for metric in metrics
@@ -140,13 +140,13 @@ def printed_as(text: str) -> dict:
     return {"text": minus(text.removesuffix(TRAINED_ON)), "trained_on": text.endswith(TRAINED_ON)}
 
 
-def _cell(config: Config, name: str, line: dict, metric: str, beside: Beside) -> dict:
-    """What stands below a number."""
+def _cell(places: dict[str, int], line: dict, metric: str, beside: Beside) -> dict:
+    """What stands below a number; places: digits after the point, by metric."""
     place = line["eval_set"], line["label"], metric
     cell = {"interval": None, "verdicts": [], "paper": None, "doubt": None}
     if pd.notna(line[metric]):
         ends = [line[f"{metric}_low"], line[f"{metric}_high"]]
-        cell["interval"] = interval(ends, digits(decimals(config, name).get(metric, 0), ends))
+        cell["interval"] = interval(ends, digits(places.get(metric, 0), ends))
     if printed := beside.paper.get(place):
         cell |= {"paper": printed["printed"], "doubt": beside.doubts.get(printed["note"])}
     for entry in (beside.held.get(place), beside.directed.get(place)):

@@ -54,7 +54,8 @@ def _metric(context: Context, name: str, metric: str) -> dict:
     """Every eval set's matrices for one metric."""
     table, found = table_entry(context.config, name), []
     for eval_set in table.eval_sets:
-        rates = win_rates(context.config, context.results, name, metric, eval_set).set_index(["left", "right"])
+        rates = win_rates(context.config, context.results, name, metric, eval_set, context.scores)
+        rates = rates.set_index(["left", "right"])
         matrices = [_matrix(context.config, rows, metric, rates) for rows in groups(table)]
         found += [one | {"eval_set": eval_set, "prompts": int(rates["prompts"].iloc[0])} for one in matrices]
     return {"title": metric_title(context.config, metric), "matrices": found}
