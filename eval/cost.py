@@ -57,6 +57,13 @@ def records(config: Config, results: Path) -> list[dict]:
     return found
 
 
+def gpu_hours(record: dict) -> float | None:
+    """Processes times wall time of a job that saw a GPU, else None."""
+    if not record["hardware"].get("gpus"):
+        return None
+    return record.get("processes", 1) * record["cost"]["wall_s"] / 3600
+
+
 def stage(job: str) -> str:
     if job.startswith("hub/repositories/"):
         return "random weights"

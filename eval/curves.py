@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eval import style
-from eval.scores import run_folders
+from eval.scores import metric_title, run_folders
 from eval.tables import scale_sentence
 from pso.entries import Config, Row
 from pso.figures import Curves, short
@@ -111,13 +111,13 @@ def _title(config: Config, shown: Curves, x: str, y: str) -> str:
     if x == "kl":
         return f"{name} against KL"
     titles = {"reward": name, "kl": "Distance from the untuned model", BLURS: "Sharpness: falls where pictures blur"}
-    return titles.get(y) or config.metrics[y].title
+    return titles.get(y) or metric_title(config, y)
 
 
 def _label(config: Config, name: str) -> str:
     if name in ("update", "kl"):
         return {"update": UPDATE, "kl": KL}[name]
-    return "Reward" if name == "reward" else config.metrics[name].title
+    return "Reward" if name == "reward" else metric_title(config, name)
 
 
 def _panel(config: Config, panel: Axes, x: str, y: str, shown: Curves, every: list) -> None:

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from eval import style
+from eval.cost import gpu_hours
 from eval.curves import model_and_task
 from eval.scores import ScoreFiles, Scores, metric_title, run_folders
 from eval.tables import scale_sentence
@@ -38,8 +39,7 @@ def spent(config: Config, results: Path, row: Row, tasks: tuple[str, ...]) -> di
             if not path.exists():
                 raise UserError(f"{path} is not there; run `snakemake --cores 2` first.")
             run = json.loads(path.read_text())
-            hours = run["cost"]["wall_s"] / 3600 * run.get("processes", 1) if run["hardware"].get("gpus") else 0.0
-            found.append({"reward_queries": 0, **run["cost"], "gpu_hours": hours})
+            found.append({"reward_queries": 0, **run["cost"], "gpu_hours": gpu_hours(run) or 0.0})
     return pd.DataFrame(found)[list(COUNTED)].mean().to_dict()
 
 

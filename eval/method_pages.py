@@ -11,6 +11,7 @@ import pandas as pd
 
 from eval.claims import FAILS, HOLDS, INCONCLUSIVE
 from eval.scores import metric_title
+from eval.sections.judges import untuned_of
 from eval.tables import digits, scale_sentence
 from pso.entries import UNTUNED, Config, Row, TableEntry
 from pso.provenance import ROOT
@@ -34,12 +35,6 @@ def page_of(module: str, folder: Path = FOLDER) -> Path:
     return folder / f"{module.rpartition('.')[2]}.md"
 
 
-def base_of(table: TableEntry, row: Row) -> Row | None:
-    """The row of the same model and steps in which nothing was trained."""
-    same = (r for r in table.shown_rows if (r.model, r.steps, r.method) == (row.model, row.steps, UNTUNED))
-    return next(same, None)
-
-
 def trained(config: Config, module: str, table: TableEntry) -> list[Row]:
     """Rows that a module trained."""
     return [r for r in table.shown_rows if r.method != UNTUNED and config.methods[r.method].module == module]
@@ -47,9 +42,9 @@ def trained(config: Config, module: str, table: TableEntry) -> list[Row]:
 
 def signed(value: float, interval: list[float] | None, places: int) -> str:
     if interval is None:
-        return f"{value:+.{places}f}"
+        return f"{value:+z.{places}f}"
     places = digits(places, interval)
-    return f"{value:+.{places}f} [{', '.join(f'{bound:+.{places}f}' for bound in interval)}]"
+    return f"{value:+z.{places}f} [{', '.join(f'{bound:+z.{places}f}' for bound in interval)}]"
 
 
 def differences(config: Config, base: Path, name: str, module: str) -> str:
@@ -65,7 +60,7 @@ def differences(config: Config, base: Path, name: str, module: str) -> str:
     metrics = [m for m in [*table.metrics, *shown_extras(table)] if m in frame and frame[m].notna().any()]
     lines, alone = [], []
     for row in rows:
-        untuned = base_of(table, row)
+        untuned = untuned_of(table, row)
         if untuned is None:
             alone.append(row.label)
             continue

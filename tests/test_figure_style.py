@@ -118,6 +118,16 @@ def test_files_are_the_same_twice_and_whatever_was_written_before(tmp_path, suff
     assert b"Date" not in first and b"atplotlib" not in first.replace(b"atplotlib.axis", b"")
 
 
+def test_a_figure_is_laid_out_once_and_drawn_once_for_each_file(tmp_path, monkeypatch):
+    figure, draws = drawn(), []
+    draw = Figure.draw
+    monkeypatch.setattr(Figure, "draw", lambda self, renderer: draws.append(1) or draw(self, renderer))
+    style.save(figure, tmp_path / "a.png")
+    style.save(figure, tmp_path / "a.pdf")
+    style.svg(figure, "x", "", "")
+    assert len(draws) == 4, "the layout, then three files"
+
+
 def test_look_is_of_what_is_drawn_within_it_and_nothing_else():
     before = matplotlib.rcParams["axes.grid"]
     with style.look():

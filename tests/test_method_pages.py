@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from documents import FENCE, ROOT, section, text_of
 
-from eval.method_pages import base_of, measured, modules, page_of
+from eval.method_pages import measured, modules, page_of, signed
+from eval.sections.judges import untuned_of
 from pso.config import load
 from pso.entries import MethodEntry
 
@@ -117,7 +118,7 @@ def results(tmp_path):
              "difference": 0.25, "interval": [0.125, 0.5]}
             for s in table.eval_sets
             for r in table.rows
-            if (base := base_of(table, r)) is not None and base != r
+            if (base := untuned_of(table, r)) is not None
         ]  # fmt: skip
         (tmp_path / "tables" / f"{name}.diff.json").write_text(json.dumps({"directions": directions}))
     claims = [
@@ -129,6 +130,11 @@ def results(tmp_path):
     ]  # fmt: skip
     (tmp_path / "claims.json").write_text(json.dumps(claims))
     return tmp_path
+
+
+def test_no_difference_is_minus_nothing():
+    assert signed(-0.2, None, 0) == "+0" and signed(-0.6, None, 0) == "-1"
+    assert signed(-0.001, [-0.2, -0.0001], 1) == "+0.00 [-0.20, +0.00]"
 
 
 def test_a_row_is_shown_against_its_untuned_model_with_the_intervals_that_are_known(results):

@@ -205,8 +205,11 @@ def test_an_unmeasured_claim_says_why(tmp_path):
     found[0] |= dict.fromkeys(("estimate", "interval", "p_value", "p_value_holm"))
     found[0] |= {"verdict": "inconclusive", "reason": "row SDXL: not built yet", "n": 0}
     (tmp_path / "miniature" / "claims.json").write_text(json.dumps(found))
-    item = tree(page(Context(load({"scale": "miniature"}), tmp_path))).one("li", of="claim")
+    whole = tree(page(Context(load({"scale": "miniature"}), tmp_path)))
+    item = whole.one("li", of="claim")
     assert "Row SDXL: not built yet." in item.text and "Holm" not in item.text
+    assert "1 of the inconclusive ones could not be measured" in whole.one("section", id="overview").text
+    assert "1 of the inconclusive ones could not be measured" in whole.one("section", id="claims").text
 
 
 # ---- the page ----
@@ -225,7 +228,7 @@ def test_the_overview_counts_what_the_files_hold(committed):
         assert text in overview
     assert f"Of {claims.total()} sentences" in overview
     false = [e for e in json.loads((MINIATURE / "claims.json").read_text()) if e["paper"]["verdict"] == "does not hold"]
-    assert f"{len(false)} of them contradict" in overview
+    assert f"{len(false)} of all contradict" in overview
     assert f"{claims['holds']} hold" in overview and f"{claims['fails']} fail" in overview
 
 
@@ -315,6 +318,13 @@ def test_without_results_every_section_says_what_to_do(tmp_path):
         text = found.one("section", id=module.__name__.rpartition(".")[2]).text
         assert "snakemake" in text or "not known" in text, module.__name__
     assert all(f"results/miniature/tables/{name}.csv is not there" in found.text for name in TABLES)
+
+
+def test_a_page_of_one_table_says_what_is_not_on_it():
+    found = tree(page(Context(load({"scale": "miniature", "tables": ["style"]}), ROOT / "results")))
+    assert "None of this page’s tables is in the paper" in found.one("section", id="overview").text
+    assert "held against the paper yet" not in found.text and "table1, not on this page" in found.text
+    check_names(found)
 
 
 def test_a_table_of_other_settings_is_not_shown(tmp_path):

@@ -107,7 +107,7 @@ def serious(page, options: dict | None = None) -> list[tuple[str, str]]:
 
 # axe takes minutes for ten thousand elements; what a template repeats is the same, so a few of each are looked at
 FEW = """() => {
-  for (const one of document.querySelectorAll("tbody, ul, ol, dl.facts, .grid-cards, .strip, #claim-groups")) {
+  for (const one of document.querySelectorAll("tbody, ul, ol, dl.facts, #claim-groups")) {
     [...one.children].slice(4, -2).forEach((child) => child.remove());
   }
   const details = new Map();

@@ -17,7 +17,8 @@ import test_figures
 from PIL import Image
 from synthetic import EVAL_SETS, NUM_PROMPTS, config, frame, png, scores_path, table, write_scores, write_tree
 
-from eval.sections import categories, grids, wins
+from eval import scores as reading
+from eval.sections import categories, curves, grids, wins
 from eval.sections.grids import SIDE, picture, prompts_that_fit
 from eval.sections.judges import judged, untuned_of
 from eval.sections.page import Context
@@ -299,6 +300,17 @@ def test_the_untuned_row_is_of_the_same_model_and_steps():
     assert found["Online-PSO w/ SDXL-Turbo-4step"].label == "SDXL-Turbo-4step"
     assert found["SDXL-Turbo-1step"] is found["SDXL-Turbo-4step + DPO delta"] is None
     assert untuned_of(table(rows=[row for row in table().rows if row.steps > 4]), table().extra_rows[0]) is None
+
+
+def test_sections_together_read_every_file_once(tmp_path, monkeypatch):
+    cfg, read, read_file = tree(tmp_path), [], reading.read_file
+    monkeypatch.setattr(reading, "read_file", lambda path, again: read.append(path) or read_file(path, again))
+    context = Context(cfg, tmp_path)
+    for module in (grids, curves, wins):
+        assert module.section(context) is not None
+    assert len(read) == len(set(read)) > 10
+    wins.section(Context(cfg, tmp_path))
+    assert len(read) > len(set(read)), "another page reads anew"
 
 
 # ---- categories ----

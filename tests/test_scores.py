@@ -4,7 +4,7 @@ import pytest
 import synthetic
 from synthetic import NAIVE, ROWS, config, frame, scores_path, write_scores
 
-from eval.scores import check_same_scorer, pair, per_image, read_scores
+from eval.scores import ScoreFiles, check_same_scorer, pair, per_image, read_scores
 from pso.provenance import UserError
 from pso.runs import metric_missing
 
@@ -38,6 +38,18 @@ def test_untuned_rows_have_one_run(tmp_path):
     cfg = config(seeds=[1, 2])
     written(tmp_path, cfg, row=ROWS[0])
     assert read(cfg, tmp_path, ROWS[0]).run_seeds == [0]
+
+
+def test_files_are_read_once_and_rows_of_one_label_are_not_mixed_up(tmp_path):
+    cfg = config()
+    other = ROWS[0].model_copy(update={"label": ONLINE.label})  # as two tables may call different rows
+    for row in (ONLINE, ROWS[0]):
+        written(tmp_path, cfg, row=row)
+    files = ScoreFiles(cfg, tmp_path)
+    first, second = files(ONLINE, SET, METRIC), files(other, SET, METRIC)
+    assert first.frame.equals(read(cfg, tmp_path).frame) and second.frame.equals(read(cfg, tmp_path, ROWS[0]).frame)
+    assert not first.frame["score"].equals(second.frame["score"])
+    assert files(ONLINE, SET, METRIC) is first and len(files.read) == 2
 
 
 def test_a_file_that_is_not_there_names_the_command(tmp_path):

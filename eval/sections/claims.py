@@ -38,6 +38,7 @@ def section(context: Context) -> str | None:
         groups=groups,
         total=len(found),
         counts=verdict_counts(found),
+        unmeasured=num_unmeasured(found),
         kinds=KINDS,
         plural=PLURAL,
         printed=Counter(entry["paper"]["verdict"] for entry in found),
@@ -56,6 +57,11 @@ def verdict_counts(found: list[dict]) -> dict[str, int]:
     return {verdict: number_of[verdict] for verdict in KINDS}
 
 
+def num_unmeasured(found: list[dict]) -> int:
+    """Claims without an estimate; their verdict is inconclusive, too."""
+    return sum(entry["estimate"] is None for entry in found)
+
+
 def _shown(context: Context, entry: dict) -> dict:
     """A claim as the template writes it: texts."""
     config = context.config
@@ -64,6 +70,7 @@ def _shown(context: Context, entry: dict) -> dict:
     shown |= {"metric": metric_title(config, entry["metric"]), "eval_sets": entry["eval_sets"]}
     shown |= {"paper": entry["paper"], "printed": printed_cells(entry) if entry["paper"]["cells"] else None}
     shown |= {"is_training_reward": entry["is_training_reward"], "measured": entry["estimate"] is not None}
+    shown |= {"in_page": entry["table"] in config.tables}
     if entry["estimate"] is None:
         return shown
     low, high = (_text(config, entry, end) for end in entry["interval"])

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from eval.cost import stage
+from eval.cost import gpu_hours, stage
 from eval.sections.page import Context, render
 
 TITLE = "Cost"
@@ -38,16 +38,14 @@ def section(context: Context) -> str:
 
 
 def costs(records: dict[str, dict]) -> pd.DataFrame:
-    """A line per job. GPU-hours: processes x wall seconds of jobs that saw a GPU, else missing."""
+    """A line per job."""
     lines = []
     for job, record in records.items():
-        line = {"job": job, "stage": stage(job), **record["cost"]}
+        line = {"job": job, "stage": stage(job), **record["cost"], "gpu_hours": gpu_hours(record)}
         if record["job"] != "generate":
             line.pop("images", None)  # of a score job: those that it looked at
-        if record["hardware"].get("gpus"):
-            line["gpu_hours"] = record.get("processes", 1) * line["wall_s"] / 3600
         lines.append(line)
-    return pd.DataFrame(lines).reindex(columns=["job", "stage", *COLUMNS])
+    return pd.DataFrame(lines).reindex(columns=["job", "stage", *COLUMNS]).astype({"gpu_hours": float})
 
 
 def _sum(lines: pd.DataFrame) -> pd.Series:

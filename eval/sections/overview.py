@@ -5,6 +5,7 @@ from eval.scores import table_entry
 from eval.sections import claims, tables
 from eval.sections.page import Context, render
 from pso.entries import UNTUNED, Config, Row
+from pso.paths import reference_file
 
 TITLE = "Overview"
 WEIGHTS = {
@@ -22,12 +23,14 @@ def section(context: Context) -> str:
         "overview.html",
         facts=_facts(context),
         directions=_directions(diffs),
+        in_paper=any(reference_file(name).exists() for name in config.tables),
         comparable=any(found["comparable"] for found in diffs.values()),
         cells={name: found["cell_counts"] for name, found in diffs.items()},
         claims=claims.verdict_counts(judged) if judged is not None else None,
         claim_kinds=claims.KINDS,
         plural=claims.PLURAL,
         num_claims=len(judged or []),
+        unmeasured=claims.num_unmeasured(judged or []),
         num_false=sum(map(is_false, judged or [])),
     )
 

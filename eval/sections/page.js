@@ -83,8 +83,6 @@ const picture = dialog.querySelector("img");
 let series = [];
 let place = 0;
 
-const source = (button) => button.dataset.src || button.href || button.querySelector("img").src;
-const text = (button) => button.dataset.text || button.querySelector("img")?.alt || button.textContent.trim();
 
 function fit() {
   const stage = dialog.querySelector(".stage");
@@ -95,20 +93,20 @@ function fit() {
 }
 function turn(to) {
   place = (to + series.length) % series.length;
-  picture.alt = text(series[place]);
+  const shown = series[place].querySelector("img");
+  picture.alt = shown.alt;
   dialog.querySelector("p").textContent = picture.alt;
   dialog.querySelector(".tools span").textContent = `${place + 1} of ${series.length}`;
   all("button[data-step]", dialog).forEach((button) => { button.hidden = series.length < 2; });
-  picture.src = source(series[place]);
+  picture.src = shown.src;
 }
 picture.addEventListener("load", fit);
 addEventListener("resize", () => dialog.open && fit());
 document.addEventListener("click", (event) => {
-  const button = event.target.closest("button.zoom, a.zoom");
+  const button = event.target.closest("button.zoom");
   if (!button) return;
-  event.preventDefault();
   const group = button.closest("[data-zoom-group]") || button.closest("section");
-  series = all("button.zoom, a.zoom", group).filter((one) => one.checkVisibility());
+  series = all("button.zoom", group).filter((one) => one.checkVisibility());
   dialog.showModal();
   turn(series.indexOf(button));
 });
