@@ -320,6 +320,33 @@ def test_without_results_every_section_says_what_to_do(tmp_path):
     assert all(f"results/miniature/tables/{name}.csv is not there" in found.text for name in TABLES)
 
 
+def half_made(results: Path) -> Context:
+    """The committed tables beside the record of a single job."""
+    shutil.copytree(MINIATURE / "tables", results / "miniature" / "tables")
+    record = {"job": "hub", "code": {"commit": "c" * 40, "dirty": None}, "versions": {}, "inputs": []}
+    record |= {"hardware": {"cpus": 2}, "cost": {"wall_s": 1.0, "cpu_s": 1.0}, "config_digest": "d"}
+    (results / "miniature" / "hub").mkdir()
+    (results / "miniature" / "hub" / "vae.json").write_text(json.dumps(record))
+    return Context(load({"scale": "miniature"}), results)
+
+
+def test_while_jobs_are_to_come_a_section_says_what_it_waits_for(tmp_path):
+    text = page(half_made(tmp_path))
+    found = tree(text)
+    for name in ("grids", "curves", "wins", "categories"):
+        said = found.one("section", id=name).text
+        assert "jobs have left no record" in said and "results/miniature/preference/" in said, name
+    assert found.one("section", id="table-table1").all("table") and "1 job" in found.one("section", id="cost").text
+    assert str(tmp_path) not in text
+
+
+def test_where_no_job_is_to_come_what_does_not_go_together_stops_the_page(tmp_path):
+    context = half_made(tmp_path)
+    vars(context)["lost_records"] = []
+    with pytest.raises(UserError, match="holds no shard"):
+        page(context)
+
+
 def test_a_page_of_one_table_says_what_is_not_on_it():
     found = tree(page(Context(load({"scale": "miniature", "tables": ["style"]}), ROOT / "results")))
     assert "None of this page’s tables is in the paper" in found.one("section", id="overview").text
