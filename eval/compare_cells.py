@@ -1,7 +1,7 @@
 """The cells of two trees' tables side by side. No torch."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
@@ -145,7 +145,7 @@ class Cells:
     def _paired(self, left: Scores, right: Scores) -> dict:
         if left.frame.equals(right.frame):
             return {"difference": 0.0, "interval": [0.0, 0.0], "rule": PAIRED, "equal": True, "verdict": SAME}
-        pairs = pair(left, right)
+        pairs = pair(replace(left, spec=right.spec), right)  # `_add` has compared the scorers
         scale = self.configs[self.a.scale].scale_entry
         found = paired_difference(
             pairs["right"], pairs["left"], resamples=scale.bootstrap_resamples, seed=scale.eval_seed, **units(pairs)

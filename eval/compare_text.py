@@ -47,7 +47,7 @@ def title(found: dict, entry: dict) -> str:
 
 
 def strength(entry: dict) -> float:
-    """How clear a difference is: in half widths of its interval, or of both intervals together."""
+    """How clear a difference is: in widths of its interval, or of both intervals together."""
     if entry["difference"] is None:
         return math.inf
     if entry["interval"] is not None:

@@ -300,6 +300,11 @@ def test_other_code_of_a_scorer_can_be_allowed_and_nothing_else(one, other):
     found = compared(cfg, folder, other / "miniature", despite_code=True)
     assert found["cells"]["equal"] == 12 and [group["field"] for group in found["despite"]] == ["code"]
     assert "Compared although the code of the scorer is another: clip_score" in " ".join(to_text(found).split())
+    spec = {"transform": "x", "code": "new"}
+    rewrite(cfg, other, OFFLINE, "parti_prompts", "clip_score", lambda f: f.assign(score=f["score"] + 0.5), spec=spec)
+    found = compared(cfg, folder, finished(cfg, other), despite_code=True)
+    (cell,) = [e for e in found["cells"]["cells"] if not e["equal"]]
+    assert (cell["label"], cell["verdict"], cell["rule"]) == (OFFLINE.label, "higher", PAIRED), "scores that differ too"
     for row in EXISTING.values():
         rewrite(cfg, other, row, "parti_prompts", "clip_score", spec={"transform": "y", "code": "new"})
     with pytest.raises(UserError, match="transform is x in A and y in B"):
