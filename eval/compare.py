@@ -104,7 +104,7 @@ def differs(found: dict, kind: str) -> bool:
         verdicts = [found[part]["counts"].get(DISAGREES, 0) for part in ("directions", "claims")]
         cells = [found["cells"]["counts"][verdict] for verdict in (HIGHER, LOWER)] if found["cells"] else []
         return any(verdicts) or (kind != VERDICTS and any(cells))
-    if found["directions"]["changed"] or found["claims"]["changed"]:
+    if any(found[part]["changed"] or found[part]["only_in"] for part in ("directions", "claims")):
         return True
     cells, config = found["cells"], found["config"]
     if kind != VERDICTS and any(cells["counts"][verdict] for verdict in (HIGHER, LOWER, ONLY_A, ONLY_B)):

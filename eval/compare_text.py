@@ -101,6 +101,8 @@ def summary(found: dict) -> list[str]:
 
 def _verdicts_line(found: dict, part: str) -> str:
     section = found[part]
+    if section["only_in"]:
+        return f"{part.capitalize()}: not compared, {section['only_in']} alone has any."
     if not section["compared"] and section["missing"]:
         return f"{part.capitalize()}: not compared."
     changed = _counts(section["transitions"]) or "none"

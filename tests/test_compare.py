@@ -221,6 +221,26 @@ def test_a_claim_that_is_declared_otherwise_is_a_change(one, other):
     assert claim["change"] == "holds, declared otherwise"
 
 
+@pytest.mark.parametrize(("name", "part"), [("claims.json", "claims"), ("tables/table1.diff.json", "directions")])
+def test_verdicts_that_one_tree_alone_has_are_a_difference(one, other, name, part):
+    cfg, folder = one
+    (other / "miniature" / name).unlink()
+    found = compared(cfg, folder, other / "miniature")
+    assert compare.differs(found, "verdicts") and not compare.differs(found, "nothing")
+    assert f"{part.capitalize()}: not compared, A alone has any." in to_text(found)
+    assert any(f"B (other/miniature) has no {name}" in line for line in found[part]["missing"])
+    (folder / name).unlink()  # in neither
+    assert not compare.differs(compared(cfg, folder, other / "miniature"), "cells")
+
+
+def test_claims_of_other_tables_are_no_equal_claims(one, other):
+    cfg, folder = one
+    path = other / "miniature/claims.json"
+    path.write_text(json.dumps([claim | {"table": "table2"} for claim in json.loads(path.read_text())]))
+    found = compared(cfg, folder, other / "miniature")
+    assert compare.differs(found, "verdicts") and "Claims: not compared, A alone has any." in to_text(found)
+
+
 # ---- how they were made ----
 
 
