@@ -112,6 +112,11 @@ def _block(
 ) -> Iterator[Block]:
     here = frame[frame["eval_set"] == eval_set].set_index("label")
     before = [r.label for r in table.shown_rows if (r.model, r.method, r.steps) == (row.model, UNTUNED, row.steps)]
+    if absent := [label for label in (row.label, *before[:1]) if label not in here.index]:
+        raise UserError(
+            f"tables/{name}.csv has no row {absent[0]!r} on {eval_set}; `snakemake --cores 2 {name} --config "
+            f"scale={config.scale}` makes it anew."
+        )
     line = here.loc[row.label]
     untuned = here.loc[before[0]] if before else None
     cells = []
