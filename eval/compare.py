@@ -3,7 +3,8 @@
     python -m eval.compare A B [--tables table1 ...] [--out FILE.html] [--json FILE] [--fail-on verdicts]
 
 A and B: the folder of a scale (results/miniature), of all results (results, with --scale where it holds several), or
-the word `paper` (eval/reference). Trees that hold only tables, diffs and claims will do. Differences are B - A.
+the word `paper` (eval/reference). Trees that hold only tables, diffs and claims will do. Differences are B - A, or
+ours - the paper's.
 
 Refused is what was not measured alike: other scorers, other prompts, noise or sampling. Exit code: 0 no difference of
 the kind that --fail-on names, 1 there is one, 2 not comparable, or another error. No torch.

@@ -252,6 +252,8 @@ def test_several_training_seeds_and_few_prompts_are_said(tmp_path, paper):
     assert "288 pictures; tuned: also over 3 training seeds, of which this is one;" in text
     assert "they do not cover the training seed, of which there are 3" in text
     assert "Measured on few prompts, 24 at the least" in text
+    assert all(result.dataset_args["num_training_seeds"] == 3 for result in ModelCard(text).data.eval_results)
+    assert "num_training_seeds" not in made(paper, tmp_path / "one")
 
 
 def test_loss_of_diversity_is_said(tmp_path, paper):
