@@ -3,7 +3,8 @@
     python -m eval.compare A B [--tables table1 ...] [--out FILE.html] [--json FILE] [--fail-on verdicts]
 
 A and B: the folder of a scale (results/miniature), of all results (results, with --scale where it holds several), or
-the word `paper` (eval/reference). Trees that hold only tables, diffs and claims will do. Differences are B - A.
+the word `paper` (eval/reference). Trees that hold only tables, diffs and claims will do. Differences are B - A, or
+ours - the paper's.
 
 Refused is what was not measured alike: other scorers, other prompts, noise or sampling. Exit code: 0 no difference of
 the kind that --fail-on names, 1 there is one, 2 not comparable, or another error. No torch.
@@ -104,7 +105,7 @@ def differs(found: dict, kind: str) -> bool:
         verdicts = [found[part]["counts"].get(DISAGREES, 0) for part in ("directions", "claims")]
         cells = [found["cells"]["counts"][verdict] for verdict in (HIGHER, LOWER)] if found["cells"] else []
         return any(verdicts) or (kind != VERDICTS and any(cells))
-    if found["directions"]["changed"] or found["claims"]["changed"]:
+    if any(found[part]["changed"] or found[part]["only_in"] for part in ("directions", "claims")):
         return True
     cells, config = found["cells"], found["config"]
     if kind != VERDICTS and any(cells["counts"][verdict] for verdict in (HIGHER, LOWER, ONLY_A, ONLY_B)):

@@ -1,13 +1,13 @@
 """The cells of two trees' tables side by side. No torch."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
 from eval.compare_same import CODE, Obstacle, Told, obstacles, told_of, unchecked
 from eval.compare_trees import Tree
-from eval.scores import Scores, pair, units
+from eval.scores import MANY_SUBJECTS, Scores, pair, units
 from eval.stats import Undefined, mean, mean_interval, paired_difference
 from pso.entries import Config
 
@@ -15,11 +15,12 @@ SAME, HIGHER, LOWER, ONLY_A, ONLY_B = "same", "higher", "lower", "only in A", "o
 VERDICTS = (HIGHER, LOWER, ONLY_A, ONLY_B, SAME)
 PAIRED, INTERVALS = "paired", "intervals"
 RULES = {
-    PAIRED: "Both trees have scores of the same prompts and noise: higher and lower if the 95 % interval of B - A, a "
-    "bootstrap over prompts of the paired differences, lies above or below 0; same if it holds 0.",
+    PAIRED: "Both trees have scores of the same prompts and noise: higher and lower if the 95 % interval of B - A lies "
+    "above or below 0; same if it holds 0. It is a bootstrap of the paired differences over prompts, or over subjects "
+    f"where a table has at least {MANY_SUBJECTS}.",
     INTERVALS: "A tree without scores of single images tells only its means and their 95 % intervals: higher and lower "
     "if the two intervals do not meet, else same. As the same prompts are in both, this sees large differences only.",
-    "all": "Not corrected for the number of cells: of those that differ by chance alone about one in twenty is called "
+    "all": "Not corrected for the number of cells: of those that differ by chance alone up to one in twenty is called "
     "higher or lower. The training seed is not in the intervals.",
 }
 STALE = 1e-9  # how far, relatively, a table may be from its scores: it is rounded nowhere
@@ -145,7 +146,7 @@ class Cells:
     def _paired(self, left: Scores, right: Scores) -> dict:
         if left.frame.equals(right.frame):
             return {"difference": 0.0, "interval": [0.0, 0.0], "rule": PAIRED, "equal": True, "verdict": SAME}
-        pairs = pair(left, right)
+        pairs = pair(replace(left, spec=right.spec), right)  # `_add` has compared the scorers
         scale = self.configs[self.a.scale].scale_entry
         found = paired_difference(
             pairs["right"], pairs["left"], resamples=scale.bootstrap_resamples, seed=scale.eval_seed, **units(pairs)

@@ -1,9 +1,11 @@
 """What changed between two trees beside their numbers: settings, code, inputs, versions, machine, counts. No torch.
 
 A record is a run.json, images.json, scores.json or one of the stand-in hub. A change is a dotted key with its value in
-A and in B; records that changed alike stand together. Costs, times and last losses differ by nature and are left out.
+A and in B; records that changed alike stand together. A run is held against the same run, or against that of another
+training seed where each tree has one alone. Costs, times and last losses differ by nature and are left out.
 """
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -76,24 +78,40 @@ def _parts(record: dict) -> dict[str, dict]:
 def changes(a: Tree, b: Tree) -> dict:
     """The section `config` of the comparison."""
     found: dict[tuple, list[str]] = {}
-    both = [path for path in a.records if path in b.records]
-    for path in both:
-        left, right = _parts(a.records[path]), _parts(b.records[path])
+    both = matched(list(a.records), list(b.records))
+    for path, (one_path, other_path) in both.items():
+        left, right = _parts(a.records[one_path]), _parts(b.records[other_path])
         for part in left:
             for key, one, other in differing(left[part], right[part]):
                 found.setdefault((part, key, repr(one), repr(other)), [one, other, []])[2].append(path)
     listed = _of_tables(a, b)
     for (part, key, *_), (one, other, records) in found.items():
         listed.append({"part": part, "key": key, "a": one, "b": other, "records": records})
-    order = list(PARTS)
+    order, seen = list(PARTS), [{pair[side] for pair in both.values()} for side in (0, 1)]
     listed.sort(key=lambda change: (order.index(change["part"]), -len(change["records"]), change["key"]))
     return {
         "changes": listed,
         "records_compared": dict(Counter(map(kind_of, both))),
-        "records_only_in_a": [path for path in a.records if path not in b.records] if both else [],
-        "records_only_in_b": [path for path in b.records if path not in a.records] if both else [],
-        "missing": _missing(a, b),
+        "records_only_in_a": [path for path in a.records if path not in seen[0]] if both else [],
+        "records_only_in_b": [path for path in b.records if path not in seen[1]] if both else [],
+        "missing": _missing(a, b, bool(both)),
     }
+
+
+def matched(a: list[str], b: list[str]) -> dict[str, tuple[str, str]]:
+    """Name of a record -> its path in A and in B; `seed0|1` in the name where the two are of other training seeds."""
+    found = {path: (path, path) for path in a if path in b}
+    left, right = ({}, {})
+    for rest, paths, others in ((left, a, b), (right, b, a)):
+        for path in paths:
+            if path not in others:
+                rest.setdefault(re.sub(r"/seed\d+/", "/seed*/", path), []).append(path)
+    for key in left:
+        if len(left[key]) == len(right.get(key, [])) == 1:
+            (one,), (other,) = left[key], right[key]
+            seeds = "|".join(re.search(r"/seed(\d+)/", path)[1] for path in (one, other))
+            found[key.replace("/seed*/", f"/seed{seeds}/")] = one, other
+    return found
 
 
 def _of_tables(a: Tree, b: Tree) -> list[dict]:
@@ -123,7 +141,7 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _missing(a: Tree, b: Tree) -> list[str]:
+def _missing(a: Tree, b: Tree, any_in_both: bool) -> list[str]:
     """Sentences on what could not be looked at."""
     none = [f"{side} ({tree.name})" for side, tree in (("A", a), ("B", b)) if not tree.records]
     if none:
@@ -131,6 +149,6 @@ def _missing(a: Tree, b: Tree) -> list[str]:
             f"{' and '.join(none)} {'has' if len(none) == 1 else 'have'} no run.json or other record (committed files "
             "only), so settings, code, inputs, versions and hardware could not be compared."
         ]
-    if not set(a.records) & set(b.records):
+    if not any_in_both:
         return ["A and B have no record of the same run, so settings, code, inputs and versions could not be compared."]
     return []

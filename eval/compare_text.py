@@ -47,7 +47,7 @@ def title(found: dict, entry: dict) -> str:
 
 
 def strength(entry: dict) -> float:
-    """How clear a difference is: in half widths of its interval, or of both intervals together."""
+    """How clear a difference is: in widths of its interval, or of both intervals together."""
     if entry["difference"] is None:
         return math.inf
     if entry["interval"] is not None:
@@ -101,6 +101,8 @@ def summary(found: dict) -> list[str]:
 
 def _verdicts_line(found: dict, part: str) -> str:
     section = found[part]
+    if section["only_in"]:
+        return f"{part.capitalize()}: not compared, {section['only_in']} alone has any."
     if not section["compared"] and section["missing"]:
         return f"{part.capitalize()}: not compared."
     changed = _counts(section["transitions"]) or "none"

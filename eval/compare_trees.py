@@ -17,6 +17,7 @@ from pso.entries import Config
 from pso.provenance import UserError
 
 RECORDS = ("*/**/run.json", "*/**/images.json", "*/**/scores.json", "hub/*.json")
+COLUMNS = ("eval_set", "label", "model", "method", "steps", "num_prompts", "num_images", "num_runs")
 EXPECTED = "the folder of a scale (results/miniature), of all results (results), or the word paper"
 
 
@@ -37,7 +38,7 @@ class Tree:
 
     def metrics(self, table: str) -> list[str]:
         columns = self.tables[table].columns
-        return [column for column in columns if f"{column}_low" in columns]
+        return [column for column in columns if {f"{column}_low", f"{column}_high"} <= set(columns)]
 
     def scores(self, config: Config, table: str, line: pd.Series, metric: str) -> tuple[Scores | None, str | None]:
         """A row's scores of every image in the unit that tables print; or why there are none."""
@@ -47,6 +48,8 @@ class Tree:
         tasks = config.table_entries[table].tasks
         for task in tasks:
             for run in sorted((self.folder / task / str(line["model"]) / str(line["method"])).glob("seed*")):
+                if not run.name.removeprefix("seed").isdigit():  # a copy that somebody made
+                    continue
                 path = paths.scores_file(run, line["eval_set"], int(line["steps"]), metric)
                 if path.exists():
                     parts.append((task, int(run.name.removeprefix("seed")), *read_file(path, "`python -m eval.score`")))
@@ -138,7 +141,7 @@ def _csv(path: Path) -> pd.DataFrame:
         frame = pd.read_csv(path)
     except ValueError as error:  # pandas' own errors are such
         raise UserError(f"{path} is no table ({error}); delete it and run `snakemake --cores 2` again.") from None
-    absent = [column for column in ("eval_set", "label", "model", "method", "steps", "num_runs") if column not in frame]
+    absent = [column for column in COLUMNS if column not in frame]
     if absent:
         raise UserError(f"{path} lacks {', '.join(absent)}; delete it and run `snakemake --cores 2` again.")
     return frame

@@ -78,8 +78,9 @@ def _verdict(entry: dict) -> str:
 
 
 def _section(a: dict, b: dict, is_out: Callable, about: Callable, told: Callable) -> dict:
-    if not a or not b:  # one side knows none at all: said as missing, not as many changes
-        return {"compared": 0, "same": 0, "left_out": 0, "transitions": {}, "changed": []}
+    if not a or not b:  # one side knows none at all: said once, not as many changes
+        only_in = "A" if a else "B" if b else None
+        return {"compared": 0, "same": 0, "left_out": 0, "transitions": {}, "changed": [], "only_in": only_in}
     changed, same, left_out = [], 0, 0
     for key in dict.fromkeys([*a, *b]):
         either = [side[key] for side in (a, b) if key in side]
@@ -96,7 +97,7 @@ def _section(a: dict, b: dict, is_out: Callable, about: Callable, told: Callable
     for entry in changed:
         transitions[entry["change"]] = transitions.get(entry["change"], 0) + 1
     return {"compared": same + len(changed), "same": same, "left_out": left_out, "transitions": transitions,
-            "changed": changed}  # fmt: skip
+            "changed": changed, "only_in": None}  # fmt: skip
 
 
 def _alike(one: dict, other: dict) -> bool:

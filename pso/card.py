@@ -81,12 +81,27 @@ def tuned(config: Config, run: Run, results: Path = RESULTS) -> Tuned:
     for needed in (path, folder / "lora" / LORA_FILE):
         if not needed.is_file():
             raise UserError(f"{needed} is not there, so the run is not finished; {again} makes it.")
-    record = json.loads(path.read_text())
+    record = read_record(path, run, again)
     told = record["config"]
     grids = {int(steps): grid for steps, grid in told["model"][run.model]["grids"].items()}  # JSON's keys are texts
     model = check(ModelEntry, told["model"][run.model] | {"grids": grids}, f"{path}: config.model.{run.model}")
     method = check(MethodEntry, told["method"][run.method], f"{path}: config.method.{run.method}")
     return Tuned(run, folder, record, model, method)
+
+
+def read_record(path: Path, run: Run, again: str) -> dict:
+    """run.json, with all that a card tells of it."""
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON ({error}); {again} makes it anew.") from error
+    told, needed = record.get("config", {}), ("config", "code", "versions", "data", "lora_parameters")
+    absent = [key for key in needed if key not in record]
+    named = (("model", run.model), ("method", run.method))
+    absent += [f"config.{key}.{name}" for key, name in named if name not in told.get(key, {})]
+    if absent:
+        raise UserError(f"{path} lacks {', '.join(absent)}; {again} makes it anew.")
+    return record
 
 
 def tune_command(config: Config, run: Run) -> str:

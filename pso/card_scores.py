@@ -112,6 +112,11 @@ def _block(
 ) -> Iterator[Block]:
     here = frame[frame["eval_set"] == eval_set].set_index("label")
     before = [r.label for r in table.shown_rows if (r.model, r.method, r.steps) == (row.model, UNTUNED, row.steps)]
+    if absent := [label for label in (row.label, *before[:1]) if label not in here.index]:
+        raise UserError(
+            f"tables/{name}.csv has no row {absent[0]!r} on {eval_set}; `snakemake --cores 2 {name} --config "
+            f"scale={config.scale}` makes it anew."
+        )
     line = here.loc[row.label]
     untuned = here.loc[before[0]] if before else None
     cells = []
@@ -187,7 +192,7 @@ def eval_results(config: Config, shown: list[Block]) -> list[EvalResult]:
                     dataset_type=block.dataset,
                     dataset_name=f"{block.eval_set}{toy}",
                     dataset_config=f"{block.eval_set}, {block.steps} steps",
-                    dataset_args={"num_prompts": block.prompts, "num_images": block.images},
+                    dataset_args={"num_prompts": block.prompts, "num_images": block.images} | averaged(block),
                     metric_type=cell.metric,
                     metric_name=cell.title,
                     metric_value=rounded(cell.tuned[0]),
@@ -195,6 +200,12 @@ def eval_results(config: Config, shown: list[Block]) -> list[EvalResult]:
                 ),
             )
     return list(found.values())
+
+
+def averaged(block: Block) -> dict[str, int]:
+    """How many LoRAs a number is the mean of, where it is not of this one alone."""
+    found = {"num_subjects": block.subjects, "num_training_seeds": block.num_runs}
+    return {key: number for key, number in found.items() if number > 1}
 
 
 def rounded(value: float) -> float:

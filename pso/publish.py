@@ -57,6 +57,7 @@ class Plan:
 
     repo_id: str | None
     private: bool
+    run: str  # {scale}/{task}/{model}/{method}/seed{seed}, wherever results lie
     files: list[File]
     notes: list[str]
 
@@ -71,7 +72,7 @@ class Plan:
 def plan(config: Config, run: Run, results: Path, repo_id: str | None, private: bool) -> Plan:
     """Everything read and checked; UserError says why a run cannot be published, and what to do."""
     told = tuned(config, run, results)
-    check_weights(told)
+    head = check_weights(told)
     files, notes = texts(told)
     beside = card_file(told.folder)
     again = f"`snakemake --cores 2 cards --config scale={config.scale}` writes it"
@@ -80,7 +81,8 @@ def plan(config: Config, run: Run, results: Path, repo_id: str | None, private: 
     card, found = beside.read_text(), sources(config, told.model, told.method, told.dataset["repo"])
     if wrong := problems(card, base_models(found)):
         raise UserError(f"{beside} {wrong[0]}; {again} anew.")
-    check_leaks({str(beside): card} | {file.source: file.content.decode() for file in files}, repo_id)
+    seen = {str(told.lora): json.dumps(head), str(beside): card}
+    check_leaks(seen | {file.source: file.content.decode() for file in files}, repo_id)
     if card != text_of(config, run, results):
         raise UserError(
             f"{beside} does not tell of this LoRA, these settings and these tables, or was edited; {again} anew. Where "
@@ -96,7 +98,8 @@ def plan(config: Config, run: Run, results: Path, repo_id: str | None, private: 
         *([f"scale {config.scale}: {toy(config)}"] if toy(config) else []),
         *notes,
     ]
-    return Plan(repo_id, private, [lora, File(CARD, own.encode(), str(beside)), *files], notes)
+    place = told.place.removeprefix("results/").removesuffix("/lora")
+    return Plan(repo_id, private, place, [lora, File(CARD, own.encode(), str(beside)), *files], notes)
 
 
 def texts(told: Tuned) -> tuple[list[File], list[str]]:
@@ -116,8 +119,9 @@ def texts(told: Tuned) -> tuple[list[File], list[str]]:
     return found, notes
 
 
-def check_weights(told: Tuned) -> None:
-    """safetensors from its head to its last byte, with a LoRA's names and nothing else in it."""
+def check_weights(told: Tuned) -> dict[str, str]:
+    """safetensors from its head to its last byte, with a LoRA's names and nothing else in it; what the head says
+    beside them."""
     path = told.lora
     try:
         head = parse_local_safetensors_file_metadata(path)
@@ -133,6 +137,7 @@ def check_weights(told: Tuned) -> None:
     if strange or not head.tensors:
         what = f"a tensor {strange[0]}" if strange else "no tensor"
         raise UserError(f"{path} holds {what}; expected lora_A and lora_B of layers alone: train it anew.")
+    return head.metadata
 
 
 def check_leaks(found: dict[str, str], repo_id: str | None) -> None:
@@ -207,7 +212,7 @@ def push(made: Plan) -> str:
             "take another --repo-id. Nothing was sent."
         )
     operations = [CommitOperationAdd(file.path, file.content) for file in made.files]
-    message = f"LoRA, card and record of {made.files[0].source.rpartition('/lora/')[0].rpartition('results/')[2]}"
+    message = f"LoRA, card and record of {made.run}"
     return said(lambda: api.create_commit(made.repo_id, operations, commit_message=message), made).commit_url
 
 

@@ -44,7 +44,8 @@ CAPTION, LINES = 11, 3  # px of a letter; lines of a caption
 
 def asked(names: list[str], folder: Path, name: str) -> list[GeneralTracker] | None:
     """The trackers of the run in `folder`, not yet started, for an Accelerator. `name`: the run's."""
-    absent = [one for one in names if importlib.util.find_spec(one) is None]
+    found = {one: importlib.util.find_spec(one) for one in names}
+    absent = [one for one, spec in found.items() if spec is None or spec.origin is None]  # wandb/ has no origin
     if absent:
         raise ConfigError(
             f"config.log_with is {names}, but {' and '.join(absent)} is not installed; expected it installed by "

@@ -8,6 +8,7 @@ import sys
 
 import cards
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -251,6 +252,8 @@ def test_several_training_seeds_and_few_prompts_are_said(tmp_path, paper):
     assert "288 pictures; tuned: also over 3 training seeds, of which this is one;" in text
     assert "they do not cover the training seed, of which there are 3" in text
     assert "Measured on few prompts, 24 at the least" in text
+    assert all(result.dataset_args["num_training_seeds"] == 3 for result in ModelCard(text).data.eval_results)
+    assert "num_training_seeds" not in made(paper, tmp_path / "one")
 
 
 def test_loss_of_diversity_is_said(tmp_path, paper):
@@ -326,6 +329,32 @@ def no_model(folder, results):
     (folder / "run.json").write_text(json.dumps(record))
 
 
+def record_without(*keys):
+    def spoil(folder, results):
+        record = json.loads((folder / "run.json").read_text())
+        inner = record
+        for key in keys[:-1]:
+            inner = inner[key]
+        del inner[keys[-1]]
+        (folder / "run.json").write_text(json.dumps(record))
+
+    return spoil
+
+
+def cut_off(folder, results):
+    path = folder / "run.json"
+    path.write_text(path.read_text()[:-9])
+
+
+def table_without_row(label):
+    def spoil(folder, results):
+        path = results / "paper/tables/table1.csv"
+        frame = pd.read_csv(path)
+        frame[frame["label"] != label].to_csv(path, index=False)
+
+    return spoil
+
+
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [
@@ -336,6 +365,11 @@ def no_model(folder, results):
         (drop(f"lora/{LORA_FILE}"), r"safetensors is not there, so the run is not finished"),
         (no_table, r"table1\.csv is not there; `snakemake --cores 2 table1 --config scale=paper` makes it"),
         (other_lora, r"shard0\.parquet was drawn with another LoRA"),
+        (cut_off, r"run\.json is no JSON \(.*; `python -m pso\.tune .* makes it anew"),
+        (record_without("lora_parameters"), r"run\.json lacks lora_parameters; `python -m pso\.tune"),
+        (record_without("config", "method", "pso_offline"), r"run\.json lacks config\.method\.pso_offline; "),
+        (table_without_row("Offline-PSO w/ SDXL-DMD2"), r"table1\.csv has no row 'Offline-PSO w/ SDXL-DMD2' on "),
+        (table_without_row("SDXL-DMD2"), r"table1\.csv has no row 'SDXL-DMD2' on pickapic_test; `snakemake"),
         (no_model, r"run\.json: config\.model\.sdxl_dmd2\.base is missing"),
     ],
 )

@@ -15,7 +15,7 @@ from test_diff import EXISTING, OFFLINE, ONLINE, UNTUNED_ROW, tree
 
 from eval import claims, compare, diff, tables
 from eval.compare_cells import INTERVALS, PAIRED
-from eval.compare_config import ABSENT, differing
+from eval.compare_config import ABSENT, differing, matched
 from eval.compare_same import sentence
 from eval.compare_text import to_html, to_text
 from eval.compare_trees import names_of, read_tree
@@ -221,6 +221,26 @@ def test_a_claim_that_is_declared_otherwise_is_a_change(one, other):
     assert claim["change"] == "holds, declared otherwise"
 
 
+@pytest.mark.parametrize(("name", "part"), [("claims.json", "claims"), ("tables/table1.diff.json", "directions")])
+def test_verdicts_that_one_tree_alone_has_are_a_difference(one, other, name, part):
+    cfg, folder = one
+    (other / "miniature" / name).unlink()
+    found = compared(cfg, folder, other / "miniature")
+    assert compare.differs(found, "verdicts") and not compare.differs(found, "nothing")
+    assert f"{part.capitalize()}: not compared, A alone has any." in to_text(found)
+    assert any(f"B (other/miniature) has no {name}" in line for line in found[part]["missing"])
+    (folder / name).unlink()  # in neither
+    assert not compare.differs(compared(cfg, folder, other / "miniature"), "cells")
+
+
+def test_claims_of_other_tables_are_no_equal_claims(one, other):
+    cfg, folder = one
+    path = other / "miniature/claims.json"
+    path.write_text(json.dumps([claim | {"table": "table2"} for claim in json.loads(path.read_text())]))
+    found = compared(cfg, folder, other / "miniature")
+    assert compare.differs(found, "verdicts") and "Claims: not compared, A alone has any." in to_text(found)
+
+
 # ---- how they were made ----
 
 
@@ -235,6 +255,31 @@ def test_a_changed_setting_is_a_dotted_key(one, other):
     ]
     assert f"method.pso_offline.tune.learning_rate: 0.0001 -> 0.0002 ({run})" in " ".join(to_text(found).split())
     assert not found["differs"] and compare.differs(found, "anything")
+
+
+def test_runs_of_another_training_seed_are_held_against_each_other(one, other):
+    cfg, folder = one
+    for row in (OFFLINE, ONLINE):
+        run = paths.run_dir("miniature", "preference", row.model, row.method, 0, other)
+        run.rename(run.parent / "seed1")
+        changed = {**record(row)["config"], "seed": 1}
+        changed |= {"dtype": "bfloat16"} if row is OFFLINE else {}
+        (run.parent / "seed1/run.json").write_text(json.dumps(record(row, config=changed)))
+    found = compared(cfg, folder, other / "miniature")
+    changes = {change["key"]: (change["a"], change["b"], change["records"]) for change in found["config"]["changes"]}
+    names = [f"preference/sdxl_dmd2/{row.method}/seed0|1/run.json" for row in (OFFLINE, ONLINE)]
+    assert changes == {"seed": (0, 1, names), "dtype": (ABSENT, "bfloat16", names[:1])}
+    assert found["config"]["records_compared"] == {"run.json": 2} and not found["config"]["records_only_in_a"]
+    assert found["cells"]["counts"]["same"] == 12 and found["cells"]["by_rule"][PAIRED] == 12
+
+
+def test_which_of_several_seeds_is_which_is_not_guessed():
+    a = [f"style/m/x/seed{seed}/run.json" for seed in (0, 1)]
+    assert matched(a, ["style/m/x/seed2/run.json"]) == {}
+    assert matched(a, [a[0], "style/m/x/seed2/run.json"]) == {
+        a[0]: (a[0], a[0]),
+        "style/m/x/seed1|2/run.json": (a[1], "style/m/x/seed2/run.json"),
+    }
 
 
 def test_a_change_of_all_runs_is_told_once(one, other):
@@ -300,6 +345,11 @@ def test_other_code_of_a_scorer_can_be_allowed_and_nothing_else(one, other):
     found = compared(cfg, folder, other / "miniature", despite_code=True)
     assert found["cells"]["equal"] == 12 and [group["field"] for group in found["despite"]] == ["code"]
     assert "Compared although the code of the scorer is another: clip_score" in " ".join(to_text(found).split())
+    spec = {"transform": "x", "code": "new"}
+    rewrite(cfg, other, OFFLINE, "parti_prompts", "clip_score", lambda f: f.assign(score=f["score"] + 0.5), spec=spec)
+    found = compared(cfg, folder, finished(cfg, other), despite_code=True)
+    (cell,) = [e for e in found["cells"]["cells"] if not e["equal"]]
+    assert (cell["label"], cell["verdict"], cell["rule"]) == (OFFLINE.label, "higher", PAIRED), "scores that differ too"
     for row in EXISTING.values():
         rewrite(cfg, other, row, "parti_prompts", "clip_score", spec={"transform": "y", "code": "new"})
     with pytest.raises(UserError, match="transform is x in A and y in B"):
@@ -497,6 +547,17 @@ def test_which_folder_is_meant(one, other, tmp_path):
     assert asked(tmp_path / "one", other, "--scale", "miniature")["a"]["name"] == "one/miniature"
     assert asked(folder, "paper")["b"]["scale"] is None
     assert asked("paper", other)["a"]["scale"] is None
+
+
+def test_a_table_of_an_old_form_is_a_sentence_and_a_copy_of_a_run_is_none(one, other):
+    cfg, folder = one
+    run = paths.run_dir("miniature", "preference", OFFLINE.model, OFFLINE.method, 0, other)
+    shutil.copytree(run, run.parent / "seed0_old")
+    assert compared(cfg, folder, other / "miniature")["cells"]["equal"] == 12
+    path = folder / "tables/table1.csv"
+    pd.read_csv(path).drop(columns="num_prompts").to_csv(path, index=False)
+    with pytest.raises(UserError, match=r"table1\.csv lacks num_prompts; delete it and run `snakemake"):
+        opened(folder, other / "miniature")
 
 
 def test_names_tell_trees_apart_and_nothing_more():

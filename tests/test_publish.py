@@ -12,6 +12,8 @@ import pytest
 from cards import RUN, folder_of, write_run, write_tables
 from conftest import ROOT
 from push_hub import PushHub
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save
 
 from pso import leaks as leaks_module
 from pso.campaign import Run
@@ -51,7 +53,7 @@ def publish(hub: PushHub, results: Path, *arguments: str, token: str | None = TO
     environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and not k.startswith("HF_")}
     environment |= {"HF_ENDPOINT": endpoint or hub.url, "HF_HOME": str(results.parent / "home"), "NO_PROXY": "*"}
     environment |= {"HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)} | ({"HF_TOKEN": token} if token else {})
-    run = Path("results/paper/preference/sdxl_dmd2/pso_offline/seed0")
+    run = Path(results.name) / "paper/preference/sdxl_dmd2/pso_offline/seed0"
     command = [sys.executable, "-m", "pso.publish", str(run), *arguments]
     done = subprocess.run(command, cwd=results.parent, env=environment, capture_output=True, text=True, timeout=120)
     assert "Traceback" not in done.stderr, done.stderr
@@ -96,6 +98,13 @@ def test_what_arrives_is_what_was_listed_byte_for_byte(hub, results):
     assert hub.commits == ["LoRA, card and record of paper/preference/sdxl_dmd2/pso_offline/seed0"]
     assert hub.tokens == {f"Bearer {TOKEN}", None} and sent.stdout.rstrip().endswith(f"/{REPO}/commit/{'1' * 40}")
     assert TOKEN not in sent.stdout + sent.stderr + card
+
+
+def test_a_folder_of_results_elsewhere_is_nobodys_business(hub, results):
+    there = results.rename(results.parent / "mmillers_disk")
+    assert publish(hub, there, "--repo-id", REPO, "--push").returncode == 0
+    assert hub.commits == ["LoRA, card and record of paper/preference/sdxl_dmd2/pso_offline/seed0"]
+    assert not any(b"mmillers_disk" in content for content in hub.files[REPO].values())
 
 
 def test_a_second_push_is_a_second_commit_and_private_stays_private(hub, results):
@@ -182,6 +191,10 @@ def new_scores(folder: Path) -> None:
     path.write_text(re.sub(r"(?m)(Offline-PSO w/ SDXL-DMD2,sdxl_dmd2,pso_offline,)\d", r"\g<1>9", path.read_text()))
 
 
+def told_in_the_head(content: bytes) -> bytes:
+    return save(load_tensors(content), {"base_model": "/" + "home/me/sdxl"})
+
+
 def pickled(_: bytes) -> bytes:
     return b"\x80\x04}q\x00."
 
@@ -212,6 +225,7 @@ REFUSED = [
     ),
     (new_scores, r"does not tell of this LoRA, these settings and these tables"),
     (lora_bytes(lambda b: b[:-2] + b"\x01\x02"), r"does not tell of this LoRA"),
+    (lora_bytes(told_in_the_head), r"safetensors holds an absolute path, /" + "home/me/sdxl"),
     (lora_bytes(pickled), r"is not a safetensors file"),
     (lora_bytes(lambda b: b[:-8]), r"has \d+ bytes; expected \d+ by its head"),
     (lora_bytes(lambda b: b + b"more"), r"has \d+ bytes; expected \d+ by its head"),

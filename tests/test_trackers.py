@@ -6,6 +6,8 @@ import re
 import shutil
 import socket
 import struct
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import numpy as np
@@ -364,7 +366,8 @@ def test_a_probe_without_scorers_says_that_it_shows_nothing(tmp_path, caplog):
 
 
 def test_a_package_that_is_not_installed_is_a_sentence(monkeypatch, tmp_path):
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None if name == "wandb" else object())
+    known = {"tensorboard": ModuleSpec("tensorboard", None, origin="there")}
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", known.get)
     with pytest.raises(ConfigError) as caught:
         asked(["wandb"], tmp_path, "name")
     assert str(caught.value) == (
@@ -373,6 +376,14 @@ def test_a_package_that_is_not_installed_is_a_sentence(monkeypatch, tmp_path):
     )
     assert [t.name for t in asked(["tensorboard", "tensorboard"], tmp_path, "name")] == ["tensorboard"]
     assert asked([], tmp_path, "name") is None
+
+
+def test_a_folder_that_wandb_left_is_not_the_package(monkeypatch, tmp_path):
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(ConfigError, match="wandb is not installed"):
+        asked(["wandb"], tmp_path, "name")
 
 
 @pytest.mark.parametrize(
