@@ -10,7 +10,7 @@ Deviations: pre is the distilled model itself; LoRA and AdamW with Offline-PSO's
 with Adafactor, 2048 pairs and lr 2.048e-5; no flips, because latents are cached (theirs, drawn for each image of a
 pair on its own, only add noise). PSO's paper has no such row; it brackets Offline-PSO.
 `zero_terminal_snr` is what the authors' SDXL-Turbo launcher does (the entry `published_turbo_dpo`): at t = 999 both
-images of a pair are then the same eps, so one update in four has a margin of exactly 0 and teaches nothing.
+images of a pair are then the same eps, so one pair in four has a margin of exactly 0 and teaches nothing.
 """
 
 import torch.nn.functional as F

@@ -178,7 +178,7 @@ def judge_all(config: Config, results: Path) -> list[dict]:
 
 
 def _declared(config: Config, claim: ClaimEntry) -> dict:
-    """What was written down before anything was measured, and what the metric is to the left row."""
+    """What claims.yaml says, and what the metric is to the left row."""
     method = find_row(config.table_entries[claim.table], claim.left).method
     trained_on = config.methods[method].reward if method not in (None, UNTUNED) else None
     fields = ("group", "text", "source", "table", "left", "right", "metric", "eval_sets", "relation")
