@@ -8,6 +8,7 @@ What a tree does not tell cannot be checked, and is listed as such.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import Any
 
 import pandas as pd
@@ -22,6 +23,7 @@ SAMPLING = ("resolution", "guidance_scale", "guidance_embedding", "sampler")
 FETCHED = "the published ones"
 SCORED = "images with a score"
 SKIP, DESPITE_CODE = "--skip-incomparable", "--despite-code"
+LONGEST, SHOWN = 40, 16  # letters of a value that is told whole; of a longer one
 CODE = "code"  # of a scorer: a hash that any change of its code changes, one that changes no score too
 
 
@@ -133,13 +135,18 @@ def sentence(group: dict) -> str:
     whole = [table for table, labels in group["rows"].items() if labels == "all"]
     places = [f"all rows of {', '.join(whole)}"] if whole else []
     places += [f"{table}: {', '.join(labels)}" for table, labels in group["rows"].items() if labels != "all"]
-    values = f"{shown(group['a'])} in A and {shown(group['b'])} in B"
+    values = f"{shown(group['a'], group['b'])} in A and {shown(group['b'], group['a'])} in B"
     return f"{group['what']}: {group['field']} is {values} ({'; '.join(places)})"
 
 
-def shown(value: Any) -> str:
+def shown(value: Any, other: Any) -> str:
+    """A value in short; of a long one the part where it begins to differ from the other."""
     text = "nothing" if value is None else str(value)
-    return text if len(text) <= 40 else f"{text[:16]}..."
+    if len(text) <= LONGEST:
+        return text
+    alike = len(commonprefix([text, str(other)]))
+    start = alike - SHOWN // 2 if alike >= SHOWN else 0
+    return f"{'...' if start else ''}{text[start : start + SHOWN]}{'...' if start + SHOWN < len(text) else ''}"
 
 
 def refusal(groups: list[dict], num_cells: int, total: int) -> UserError:

@@ -239,7 +239,8 @@ def _config(config: dict) -> list[str]:
         lines = []
         for change in changes:
             records = f" ({where(change['records'], config['records_compared'])})" if change["records"] else ""
-            lines.append(f"{change['key']}: {shown(change['a'])} -> {shown(change['b'])}{records}")
+            one, other = shown(change["a"], change["b"]), shown(change["b"], change["a"])
+            lines.append(f"{change['key']}: {one} -> {other}{records}")
         parts.append(f"{PARTS[part]}\n" + _wrapped(lines, "  - "))
     for side in "ab":
         if only := config[f"records_only_in_{side}"]:

@@ -16,7 +16,7 @@ from test_diff import EXISTING, OFFLINE, ONLINE, UNTUNED_ROW, tree
 from eval import claims, compare, diff, tables
 from eval.compare_cells import INTERVALS, PAIRED
 from eval.compare_config import ABSENT, differing, matched
-from eval.compare_same import sentence
+from eval.compare_same import sentence, shown
 from eval.compare_text import to_html, to_text
 from eval.compare_trees import names_of, read_tree
 from pso import paths
@@ -332,6 +332,13 @@ def test_another_scorer_is_refused_by_field(one, other):
     assert found["directions"]["left_out"] == 4 and found["claims"]["left_out"] == 1
     text = " ".join(to_text(found).split())
     assert "6 left out as not comparable" in text and named in text
+
+
+def test_long_values_are_told_from_where_they_differ():
+    grids = [list(range(999, 899, -10)), [*range(999, 909, -10), 0]]
+    assert [shown(*pair) for pair in (grids, grids[::-1])] == ["...9, 919, 909]", "...9, 919, 0]"]
+    assert shown("0" * 64, "9" * 64) == "0" * 16 + "..." and shown(None, "x" * 41) == "nothing"
+    assert shown("x" * 30 + "a" + "y" * 30, "x" * 30 + "b" + "y" * 30) == f"...{'x' * 8}a{'y' * 7}..."
 
 
 def test_other_code_of_a_scorer_can_be_allowed_and_nothing_else(one, other):
