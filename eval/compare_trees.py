@@ -4,7 +4,6 @@ Of a tree that holds committed files only there are tables/*.csv, tables/*.diff.
 may have records (run.json, images.json, scores.json, hub/*.json) and scores of every image.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import pandas as pd
 from eval.scores import Scores, pooled, read_file
 from pso import paths
 from pso.entries import Config
-from pso.provenance import UserError
+from pso.provenance import UserError, read_json
 
 RECORDS = ("*/**/run.json", "*/**/images.json", "*/**/scores.json", "hub/*.json")
 COLUMNS = ("eval_set", "label", "model", "method", "steps", "num_prompts", "num_images", "num_runs")
@@ -112,11 +111,11 @@ def read_tree(folder: Path, name: str, tables: list[str] | None = None, side: st
     records = {}
     for pattern in RECORDS:
         for path in sorted(folder.glob(pattern)):
-            content = _json(path)
+            content = read_json(path)
             if "schema_version" in content:  # hub/ has files of the published repositories too
                 records[str(path.relative_to(folder))] = content
-    found = {table: _json(path) for table, path in diffs.items() if path.exists()}
-    judged = _json(claims) if claims.exists() else None
+    found = {table: read_json(path) for table, path in diffs.items() if path.exists()}
+    judged = read_json(claims) if claims.exists() else None
     return Tree(
         folder=folder,
         name=name,
@@ -127,13 +126,6 @@ def read_tree(folder: Path, name: str, tables: list[str] | None = None, side: st
         claims=None if judged is None else {claim["id"]: claim for claim in judged if claim["table"] in wanted},
         records=records,
     )
-
-
-def _json(path: Path):
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}); delete it and run `snakemake --cores 2` again.") from None
 
 
 def _csv(path: Path) -> pd.DataFrame:

@@ -10,7 +10,6 @@ import argparse
 import ast
 import functools
 import importlib.util
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from pso.entries import Config, MethodEntry, ModelEntry
 from pso.hub import Hub, hub_dir
 from pso.licences import Licence, Source, inherited, sentence, sources
 from pso.paths import LORA_FILE, RESULTS, card_file, run_dir, subject_of
-from pso.provenance import ROOT, UserError, atomic, sentences, sha256_of
+from pso.provenance import ROOT, UserError, atomic, read_json, sentences, sha256_of
 from pso.usage import call, code
 
 TEMPLATES = Path(__file__).parent  # card.md.j2, usage.py.j2
@@ -91,10 +90,7 @@ def tuned(config: Config, run: Run, results: Path = RESULTS) -> Tuned:
 
 def read_record(path: Path, run: Run, again: str) -> dict:
     """run.json, with all that a card tells of it."""
-    try:
-        record = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}); {again} makes it anew.") from error
+    record = read_json(path, f"{again} makes it anew")
     told, needed = record.get("config", {}), ("config", "code", "versions", "data", "lora_parameters")
     absent = [key for key in needed if key not in record]
     named = (("model", run.model), ("method", run.method))

@@ -132,6 +132,13 @@ def write_json(path: Path, content: Any) -> None:
         part.write_text(json.dumps(content, indent=2, sort_keys=False) + "\n")
 
 
+def read_json(path: Path, remedy: str = "delete it and run `snakemake --cores 2` again") -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:  # cut off, or no text at all
+        raise UserError(f"{path} is no JSON ({error}); {remedy}.") from None
+
+
 def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,7 +7,6 @@ beside it. HTML comes from templates alone: Jinja escapes all that is put into t
 """
 
 import base64
-import json
 import re
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -21,7 +20,7 @@ from eval.cost import record_files
 from eval.scores import ScoreFiles
 from pso.entries import Config
 from pso.paths import scale_dir
-from pso.provenance import UserError
+from pso.provenance import read_json
 
 FOLDER = Path(__file__).resolve().parent
 INLINE = (  # the Markdown that our sentences hold
@@ -42,11 +41,7 @@ class Context:
 
     def json(self, name: str):
         """The content of a file of the scale, as `claims.json`."""
-        path = self.base / name
-        try:
-            return json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is no JSON ({error}); delete it and run `snakemake --cores 2` again.") from None
+        return read_json(self.base / name)
 
     def has(self, name: str) -> bool:
         return (self.base / name).exists()
