@@ -29,7 +29,6 @@ from pso.provenance import UserError, digest
 
 log = logging.getLogger("tune")
 PROJECT = "pso-bench"
-FOLDERS = ("tensorboard", "wandb")  # in the run's folder
 NAMED = ("model", "method", "dataset")  # settings that hold one entry under its name
 COMPARED = ("probe/reward", "probe/kl/sum")  # beside settings in a table of runs
 OFFLINE = ("offline", "dryrun", "disabled")  # modes of W&B without an account
@@ -118,7 +117,7 @@ class WandB(WandBTracker):
         """The same run of W&B, whose steps only grow: what it has of updates that are made again is not sent again. It
         lacks the last update of a session that was killed."""
         self.init_kwargs["id"] = identity
-        if start and any(self.folder.glob("*run-*")):
+        if start and any(self.folder.glob(f"*run-*-{identity}")):
             self.logged = max(start, reached - 1)
 
     def start(self) -> None:
@@ -167,9 +166,9 @@ class Trackers:
         `made_from`: what decides the numbers, so that a run of other numbers is another run in W&B."""
         self.lost: dict[str, int] = {}  # entries of trackers that failed
         self.live: list[GeneralTracker] = []
-        if not start:
-            for name in FOLDERS:
-                shutil.rmtree(folder / name, ignore_errors=True)
+        if not start:  # those of W&B that were made from something else may not have been sent yet
+            for old in (folder / TensorBoard.name, *(folder / WandB.name).glob(f"*run-*-{digest(made_from)}")):
+                shutil.rmtree(old, ignore_errors=True)
         if not accelerator.log_with:
             return
         for tracker in accelerator.log_with:

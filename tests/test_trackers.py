@@ -9,6 +9,7 @@ import struct
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from pso.checks import ConfigError
 from pso.config import job_environment, load
 from pso.params import kept_params, run_params
 from pso.paths import LORA_FILE
-from pso.provenance import UserError, fingerprint
+from pso.provenance import UserError, digest, fingerprint
 from pso.trackers import CAPTION, GAP, LINES, TensorBoard, Trackers, asked, flat, grid, hyperparameters
 
 BOTH = ["tensorboard", "wandb"]
@@ -275,7 +276,7 @@ def test_nothing_of_the_machine_is_written(done, name):
     words = re.compile(rf"(?<![\w-])({'|'.join(map(re.escape, [socket.gethostname(), *secrets]))})(?![\w-])")
     base = folder(done / name)
     seen = 0
-    for top in trackers.FOLDERS:
+    for top in BOTH:
         for path in (base / top).rglob("*"):
             seen += path.is_file()
             assert not words.search(str(path.relative_to(base))), path
@@ -452,3 +453,16 @@ def test_a_caption_fits_below_its_picture():
     assert (whole[128:, 128 + GAP : 160] < 128).any()  # the other's number
     blank = grid(grey, ["", ""])
     assert whole.shape == blank.shape and np.array_equal(whole[:, 128:], blank[:, 128:])
+
+
+def test_a_run_made_anew_drops_its_own_curves_and_keeps_sessions_of_others(tmp_path):
+    """Those of other settings may not have been sent to W&B yet; with the same ones every number is made again."""
+    made_from = {"settings": {"seed": 0}, "code": "a"}
+    own, other = (tmp_path / "wandb" / f"offline-run-20260101_000000-{digest(made)}" for made in (made_from, {}))
+    for path in (tmp_path / "tensorboard", own, other):
+        path.mkdir(parents=True)
+    nobody = SimpleNamespace(log_with=[])
+    Trackers(nobody, tmp_path, {}, made_from, start=4, reached=4, probe=None)
+    assert own.exists() and (tmp_path / "tensorboard").exists()
+    Trackers(nobody, tmp_path, {}, made_from, start=0, reached=0, probe=None)
+    assert other.exists() and not own.exists() and not (tmp_path / "tensorboard").exists()
