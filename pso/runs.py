@@ -143,8 +143,10 @@ def metrics(config: Config, task: str) -> list[str]:
 def where_results_lie(config: Config, results: Path = RESULTS) -> str:
     base = Path(results) / config.scale
     lines = [f"all of it on one page        {base}/report.html"]
-    lines += [f"table and diff to the paper  {base}/tables/{t}.md  {base}/tables/{t}.diff.md" for t in config.tables]
-    lines += [f"claims                       {base}/claims.md", f"sample grids and curves      {base}/figures/"]
+    for table in config.tables:
+        diff = f"  {base}/tables/{table}.diff.md" if reference_file(table).exists() else ""
+        lines.append(f"table{' and diff to the paper' if diff else ' ' * 22}  {base}/tables/{table}.md{diff}")
+    lines += [f"claims                       {base}/claims.md", f"figures                      {base}/figures/"]
     return "\n".join([*lines, f"cost of every job            {base}/cost.md"])
 
 
