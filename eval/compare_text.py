@@ -50,6 +50,8 @@ def strength(entry: dict) -> float:
     """How clear a difference is: in widths of its interval, or of both intervals together."""
     if entry["difference"] is None:
         return math.inf
+    if entry["difference"] == 0:
+        return 0.0
     if entry["interval"] is not None:
         width = entry["interval"][1] - entry["interval"][0]
     else:
@@ -130,7 +132,8 @@ def notes(found: dict) -> list[str]:
     """What a reader must not overlook: not compared, not checked, out of date."""
     if found["kind"] == "paper":
         return [*found["notes"], *(f"Claims: {line}" for line in found["claims"]["missing"])]
-    told = [*found["directions"]["missing"], *found["claims"]["missing"], *found["config"]["missing"]]
+    told = [*found["directions"]["missing"], *found["claims"]["missing"], *_other_family(found["claims"])]
+    told += found["config"]["missing"]
     told += [f"Left out: {sentence(group)}." for group in found["left_out"]["because"]]
     if despite := [group["what"].removeprefix("scorer of ") for group in found["despite"]]:
         told.append(f"Compared although the code of the scorer is another: {listed(despite)} (--json has the hashes).")
@@ -140,6 +143,17 @@ def notes(found: dict) -> list[str]:
                 f"A or B does not tell the {kind}, so not checked in {entry['cells']} cells: {listed(entry['what'])}."
             )
     return [*told, *(f"Out of date, {line}" for line in found["stale"])]
+
+
+def _other_family(section: dict) -> list[str]:
+    """Holm's p of a claim depends on all claims that are judged with it."""
+    a, b = section["judged"]["a"], section["judged"]["b"]
+    if a == b or not section["compared"]:
+        return []
+    return [
+        f"A measured {a['measured']} of its {a['declared']} claims, B {b['measured']} of {b['declared']}; Holm's p is "
+        "adjusted for all of them, so a claim's verdict may change by that alone. Its interval is not adjusted."
+    ]
 
 
 # ---- text ----
@@ -244,7 +258,8 @@ def _config(config: dict) -> list[str]:
         parts.append(f"{PARTS[part]}\n" + _wrapped(lines, "  - "))
     for side in "ab":
         if only := config[f"records_only_in_{side}"]:
-            parts.append(f"Records only in {side.upper()}\n" + _wrapped(only, "  - "))
+            more = [f"and {len(only) - MOST_CELLS} more"] if len(only) > MOST_CELLS else []
+            parts.append(f"Records only in {side.upper()}\n" + _wrapped([*only[:MOST_CELLS], *more], "  - "))
     return [*parts, ONLY_NUMBERS] if config["records_compared"] else parts
 
 

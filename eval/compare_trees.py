@@ -29,6 +29,7 @@ class Tree:
     tables: dict[str, pd.DataFrame]  # {table}.csv
     diffs: dict[str, dict]  # {table}.diff.json
     claims: dict[str, dict] | None  # by id
+    judged: dict[str, int]  # of all its claims, of other tables too: declared, measured
     records: dict[str, dict]  # by path
 
     def record(self, line: pd.Series, task: str, what: str) -> dict:
@@ -124,6 +125,10 @@ def read_tree(folder: Path, name: str, tables: list[str] | None = None, side: st
         tables={table: _csv(path) for table, path in wanted.items()},
         diffs=found,
         claims=None if judged is None else {claim["id"]: claim for claim in judged if claim["table"] in wanted},
+        judged={
+            "declared": len(judged or ()),
+            "measured": sum(claim["estimate"] is not None for claim in judged or ()),
+        },
         records=records,
     )
 

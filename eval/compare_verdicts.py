@@ -61,7 +61,8 @@ def claims(a: Tree, b: Tree, left_out: set[Key]) -> dict:
         for side, tree in (("A", a), ("B", b))
         if tree.claims is None
     ]
-    return _section(a.claims or {}, b.claims or {}, is_out, about, told) | {"missing": missing}
+    found = _section(a.claims or {}, b.claims or {}, is_out, about, told)
+    return found | {"missing": missing, "judged": {"a": a.judged, "b": b.judged}}
 
 
 def _directions(tree: Tree) -> dict[tuple, dict]:

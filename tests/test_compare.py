@@ -17,7 +17,7 @@ from eval import claims, compare, diff, tables
 from eval.compare_cells import INTERVALS, PAIRED
 from eval.compare_config import ABSENT, differing, matched
 from eval.compare_same import sentence, shown
-from eval.compare_text import to_html, to_text
+from eval.compare_text import strength, to_html, to_text
 from eval.compare_trees import names_of, read_tree
 from pso import paths
 from pso.provenance import UserError
@@ -242,6 +242,26 @@ def test_claims_of_other_tables_are_no_equal_claims(one, other):
 
 
 # ---- how they were made ----
+
+
+def test_claims_that_were_judged_among_others_are_told(one, other):
+    """Holm's p of one claim rests on all that are measured beside it."""
+    cfg, a = one
+    b = other / "miniature"
+    path = b / "claims.json"
+    judged = json.loads(path.read_text())
+    assert "Holm" not in to_text(compared(cfg, a, b))
+    measured = sum(claim["estimate"] is not None for claim in judged)
+    path.write_text(json.dumps([*judged, {**judged[0], "id": "of another table", "table": "table9"}]))
+    text = " ".join(to_text(compared(cfg, a, b)).split())
+    assert (
+        f"A measured {measured} of its {len(judged)} claims, B {measured + 1} of {len(judged) + 1}; Holm's p is" in text
+    )
+
+
+def test_what_did_not_move_is_never_the_clearest_change():
+    still = {"difference": 0.0, "interval": [0.0, 0.0]}
+    assert strength(still) < strength({"difference": 0.01, "interval": [-0.5, 0.5]})
 
 
 def test_a_changed_setting_is_a_dotted_key(one, other):

@@ -86,6 +86,7 @@ def made(smoke, tmp_path_factory):
     folder = shutil.copytree(smoke, tmp_path_factory.mktemp("example") / "pso-bench")
     for name in CODE:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "CITATION.cff", folder)  # what a model card cites
     (folder / "mine").mkdir()
     for path, text in shown().items():
         (folder / path).write_text(at_smoke(text))
