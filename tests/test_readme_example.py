@@ -21,7 +21,7 @@ from pso.evidence import Evidence
 from pso.paths import images_dir, run_dir
 
 SHOWN_IN = ("README.md", "workflow/README.md", "eval/metrics/README.md")
-CODE = ("baselines", "eval", "pso", "workflow")
+CODE = ("baselines", "envs", "eval", "pso", "workflow")
 LORA = "results/smoke/preference/sdxl_dmd2/{}/seed0/lora/pytorch_lora_weights.safetensors"
 KEYS = ["eval_set", "label"]
 
@@ -124,7 +124,7 @@ def test_the_method_is_a_row_beside_those_that_were_there(smoke, made):
     updates = [json.loads(line) for line in (trained.parent.parent / "train.jsonl").read_text().splitlines()]
     updates = [line for line in updates if line["event"] == "update"]
     assert updates[0]["loss"] == pytest.approx(1.0) and "arrived" in updates[-1]  # theta is pre at first: (0 - 1)^2
-    assert updates[-1]["margin"] > updates[0]["margin"]
+    assert np.mean([line["margin"] for line in updates[-30:]]) > updates[0]["margin"]  # one batch's is noisy
 
 
 def test_nothing_that_was_finished_is_trained_again(smoke, made):
