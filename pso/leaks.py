@@ -1,11 +1,14 @@
 """What tells of the machine, the account or the secrets of whoever made a text that is to be public. Torch-free."""
 
+import functools
 import getpass
 import platform
 import re
 from collections.abc import Iterator
 
 from huggingface_hub import get_token
+
+from pso.config import CONFIG_DIR
 
 # a path from the root, of two names at least; not the end of an address, of a pattern or of a fraction
 ABSOLUTE = re.compile(r"(?<![\w.~:/}\])*-])/(?:[\w.+@-]+/)+[\w.+@-]*")
@@ -28,8 +31,15 @@ def _found(text: str) -> Iterator[str]:
     if (token := get_token()) and token in text:
         yield "the token of the Hub that is logged in here"
     for name, what in ((platform.node(), "this machine's name"), (_user(), "the name of this account")):
-        if len(name) > 2 and name.lower() not in NOBODY and re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text):
+        telling = len(name) > 2 and name.lower() not in NOBODY | _ordinary()
+        if telling and re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text):
             yield f"{what}, {name}"
+
+
+@functools.cache
+def _ordinary() -> set[str]:
+    """Words of the entries, which every record repeats: an account called `data` is not told by them."""
+    return {word.lower() for path in CONFIG_DIR.glob("*.yaml") for word in re.findall(r"[A-Za-z]+", path.read_text())}
 
 
 def _user() -> str:
