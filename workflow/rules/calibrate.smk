@@ -70,7 +70,9 @@ rule generate_untuned:
             name: CONFIG.datasets[name].model_dump()
             for name in image_sets(w, untuned=True)
         },
-        eval=CONFIG.scale_entry.model_dump(include={"eval_seed", "eval_batch", "dtype", "speed"}),
+        eval=CONFIG.scale_entry.model_dump(
+            include={"eval_seed", "eval_batch", "dtype", "speed"}
+        ),
         code=fingerprint("eval.generate"),
     shell:
         "python -m pso.launch --gpus {resources.gpu} --nodes {resources.nodes} --cpus {threads}"

@@ -28,9 +28,9 @@ rule latents:
         gpu=1,
         nodes=1,
     params:
+        **CONFIG.scale_entry.model_dump(include={"dtype", "speed"}),
         model=lambda w: pair_settings(w.model, w.dataset),
         dataset=lambda w: CONFIG.datasets[w.dataset].model_dump(),
-        **CONFIG.scale_entry.model_dump(include={"dtype", "speed"}),
         code=fingerprint("pso.caches"),
     shell:
         "python -m pso.launch --gpus {resources.gpu} --nodes {resources.nodes} --cpus {threads}"

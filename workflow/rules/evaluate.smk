@@ -25,7 +25,9 @@ rule generate:
         eval_sets=lambda w: {
             name: CONFIG.datasets[name].model_dump() for name in image_sets(w)
         },
-        eval=CONFIG.scale_entry.model_dump(include={"eval_seed", "eval_batch", "dtype", "speed"}),
+        eval=CONFIG.scale_entry.model_dump(
+            include={"eval_seed", "eval_batch", "dtype", "speed"}
+        ),
         code=fingerprint("eval.generate"),
     shell:
         "python -m pso.launch --gpus {resources.gpu} --nodes {resources.nodes} --cpus {threads}"

@@ -18,13 +18,13 @@ rule preference_model:
         gpu=1,
         nodes=1,
     params:
+        **CONFIG.scale_entry.model_dump(include={"dtype", "speed"}),
         settings=SPM.model_dump() if SPM else None,
         seed=CONFIG.scale_entry.seed,
         model=lambda w: model_params(
             CONFIG, w.model, CONFIG.models[w.model].tuned_steps
         ),
         scorer=scorer_params(CONFIG, "spm_lite"),
-        **CONFIG.scale_entry.model_dump(include={"dtype", "speed"}),
         code=fingerprint("baselines.preference_training"),
     shell:
         "python -m pso.launch --gpus {resources.gpu} --nodes {resources.nodes} --cpus {threads}"
