@@ -344,7 +344,7 @@ def test_host_account_and_the_token_of_the_login_are_seen(monkeypatch):
     monkeypatch.setattr(leaks_module.getpass, "getuser", lambda: "root")  # says nothing of anybody
     assert leaks("root of the tree") == []
     monkeypatch.setattr(leaks_module.getpass, "getuser", lambda: "data")  # a word of every record
-    assert leaks("data: pickapic_v2") == [] and leaks("read from /home/data/x") != []
+    assert leaks("data: pickapic_v2") == [] and leaks("read from /srv/data/x") != []
 
 
 def test_the_repositorys_own_id_is_no_leak_of_an_account(results, paper, monkeypatch):
