@@ -66,9 +66,11 @@ def probe_reward(config: Config, shown: Curves) -> str | None:
 
 
 @style.look()
-def curves(config: Config, results: Path, shown: Curves) -> style.Drawn:
-    """Panels of one model: a colour, marker and dash for each row, a line for each of its runs."""
-    every = runs(config, results, shown)
+def curves(config: Config, shown: Curves, every: list[tuple[Row, str, pd.DataFrame]]) -> style.Drawn:
+    """Panels of one model: a colour, marker and dash for each row, a line for each of its runs.
+
+    every: `runs` of the same.
+    """
     columns = [name for *_, frame in every for name in frame.columns if name not in ("update", "reward", "kl")]
     further = sorted(dict.fromkeys(columns), key=lambda name: name != BLURS)
     axes = [("update", "reward"), ("update", "kl"), ("kl", "reward"), *(("update", name) for name in further)]

@@ -57,10 +57,10 @@ def base_label(reference: pd.DataFrame, label: str) -> str:
 
 
 class Reader:
-    """Scores of a table's rows, each file read once; files: of other tables too."""
+    """Scores of a table's rows, each file read once."""
 
-    def __init__(self, config: Config, results: Path, table: TableEntry, files: ScoreFiles | None = None) -> None:
-        self.config, self.table, self.files = config, table, files or ScoreFiles(config, results)
+    def __init__(self, config: Config, results: Path, table: TableEntry) -> None:
+        self.config, self.table, self.files = config, table, ScoreFiles(config, results)
 
     def missing(self, row: Row, metric: str) -> str | None:
         return row.missing or metric_missing(self.config, self.table, metric)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from eval import style
-from eval.curves import curves
+from eval.curves import curves, runs
 from eval.gains import cost, gains
 from eval.grids import of_subjects, samples
 from eval.scores import ScoreFiles, table_entry
@@ -28,7 +28,7 @@ def drawn(config: Config, results: Path) -> Iterator[style.Drawn]:
     for grid in figures.grids(config):
         yield (of_subjects if table_entry(config, grid.table).subjects else samples)(config, results, grid)
     for shown in figures.curves(config):
-        yield curves(config, results, shown)
+        yield curves(config, shown, runs(config, results, shown))
     for shown in figures.costs(config):
         yield cost(config, shown, gains(config, results, shown, files))
     for shown in figures.matrices(config):

@@ -11,7 +11,6 @@ import pandas as pd
 
 from eval.claims import FAILS, HOLDS, INCONCLUSIVE
 from eval.scores import metric_title
-from eval.sections.judges import untuned_of
 from eval.tables import digits, scale_sentence
 from pso.entries import UNTUNED, Config, Row, TableEntry
 from pso.provenance import ROOT
@@ -60,7 +59,7 @@ def differences(config: Config, base: Path, name: str, module: str) -> str:
     metrics = [m for m in [*table.metrics, *shown_extras(table)] if m in frame and frame[m].notna().any()]
     lines, alone = [], []
     for row in rows:
-        untuned = untuned_of(table, row)
+        untuned = table.untuned_of(row)
         if untuned is None:
             alone.append(row.label)
             continue

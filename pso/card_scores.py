@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from huggingface_hub import EvalResult
 
 from pso.campaign import Run
-from pso.entries import UNTUNED, Config, Row, TableEntry
+from pso.entries import Config, Row, TableEntry
 from pso.hub import recorded
 from pso.paths import images_dir, reference_file, run_dir, scale_dir
 from pso.provenance import UserError
@@ -111,14 +111,15 @@ def _block(
     config: Config, name: str, table: TableEntry, row: Row, eval_set: str, frame: pd.DataFrame
 ) -> Iterator[Block]:
     here = frame[frame["eval_set"] == eval_set].set_index("label")
-    before = [r.label for r in table.shown_rows if (r.model, r.method, r.steps) == (row.model, UNTUNED, row.steps)]
-    if absent := [label for label in (row.label, *before[:1]) if label not in here.index]:
+    base = table.untuned_of(row)
+    before = None if base is None else base.label
+    if absent := [label for label in (row.label, before) if label is not None and label not in here.index]:
         raise UserError(
             f"tables/{name}.csv has no row {absent[0]!r} on {eval_set}; `snakemake --cores 2 {name} --config "
             f"scale={config.scale}` makes it anew."
         )
     line = here.loc[row.label]
-    untuned = here.loc[before[0]] if before else None
+    untuned = None if before is None else here.loc[before]
     cells = []
     for metric in [*table.metrics, *table.extra_metrics]:
         if metric_missing(config, table, metric) is None and (value := _measured(line, metric)) is not None:
@@ -131,7 +132,7 @@ def _block(
     yield Block(
         name, eval_set, recorded(config.datasets[eval_set])["repo"], row.steps, int(line["num_prompts"]),
         int(line["num_images"]), int(line["num_runs"]), len(table.subjects), cells,
-        markdown(config, cells, reward, row.label, before[0] if before else None),
+        markdown(config, cells, reward, row.label, before),
         [] if pd.isna(dropped) else [f"Pictures without a score on {eval_set}: {dropped}."],
         over(config, name, table, int(line["num_runs"])),
     )  # fmt: skip

@@ -224,6 +224,13 @@ class TableEntry(Strict):
         """Rows that are not declared missing."""
         return [row for row in self.all_rows if row.missing is None]
 
+    def untuned_of(self, row: Row) -> Row | None:
+        """The row of the same model and steps before anything was trained, where the table shows it."""
+        if row.method == UNTUNED:
+            return None
+        untuned = [one for one in self.shown_rows if one.method == UNTUNED]
+        return next((one for one in untuned if (one.model, one.steps) == (row.model, row.steps)), None)
+
     @property
     def tasks(self) -> list[str]:
         """Folders of its runs: its task, or one below it for each subject."""

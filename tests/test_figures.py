@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from synthetic import EVAL_SETS, NAIVE, NUM_PROMPTS, ROWS, config, png, table, write_images, write_tree
 
-from eval.curves import curves, read_probes
+from eval.curves import curves, read_probes, runs
 from eval.figures import to_latex, write
 from eval.grids import FOOT, GAP, HEAD, LABEL, Line, Picture, enlarged, evenly, of_subjects, samples, sheet
 from eval.style import Drawn, method_style, save
@@ -339,7 +339,7 @@ def test_a_model_whose_sampler_has_no_kernel_has_no_panels_of_kl(tmp_path):
         entry = {"event": "probe", "update": 3, "kl": {}, "reward": 1.0, "metrics": {"sharpness": 2.0}}
         (run_of(cfg, tmp_path, method) / "train.jsonl").write_text(json.dumps(entry))
     (shown,) = figures.curves(cfg)
-    figure = curves(cfg, tmp_path, shown).figure
+    figure = curves(cfg, shown, runs(cfg, tmp_path, shown)).figure
     assert [panel.get_ylabel() for panel in figure.axes] == ["Reward", "Sharpness"]
     assert "No KL (deterministic sampler): Naive fine-tune, Offline-PSO, Online-PSO." in figure.get_suptitle()
 
@@ -349,7 +349,7 @@ def test_the_untuned_level_is_named_where_the_first_panel_has_none(tmp_path):
     for method in MODULES:
         (run_of(cfg, tmp_path, method) / "train.jsonl").write_text(probe(0, metrics={"sharpness": 9.0}))
     (shown,) = figures.curves(cfg)
-    figure = curves(cfg, tmp_path, shown).figure
+    figure = curves(cfg, shown, runs(cfg, tmp_path, shown)).figure
     assert figure.axes[0].get_title(loc="left") == "Distance from the untuned model"
     assert [text.get_text() for text in figure.legends[0].get_texts()][-1] == "untuned"
 
@@ -359,7 +359,7 @@ def test_a_figure_of_runs_without_probes_has_no_numbers_on_its_axes(tmp_path):
     for method in MODULES:
         (run_of(cfg, tmp_path, method) / "train.jsonl").unlink()
     (shown,) = figures.curves(cfg)
-    drawn = curves(cfg, tmp_path, shown)
+    drawn = curves(cfg, shown, runs(cfg, tmp_path, shown))
     (panel,) = drawn.figure.axes
     assert panel.texts[0].get_text() == "nothing was measured" and list(panel.get_xticks()) == []
     assert "No probes: Naive fine-tune, Offline-PSO, Online-PSO." in drawn.caption
@@ -381,7 +381,7 @@ def test_curves_show_every_run_and_say_what_is_not_there(tmp_path):
     cfg = tree(tmp_path)
     (run_of(cfg, tmp_path, "pso_offline") / "train.jsonl").unlink()
     (shown,) = figures.curves(cfg)
-    figure = curves(cfg, tmp_path, shown).figure
+    figure = curves(cfg, shown, runs(cfg, tmp_path, shown)).figure
     reward, kl, both, sharpness = figure.axes
     labels = ["Naive fine-tune", "Offline-PSO", "Online-PSO"]
     assert [line.get_label() for line in kl.get_lines()] == labels
@@ -407,7 +407,7 @@ def test_runs_of_several_seeds_share_their_rows_style(tmp_path):
     folder = paths.run_dir(cfg.scale, "preference", "sdxl_dmd2", "pso_online", 1, tmp_path)
     (folder / "train.jsonl").write_text(probe(0, reward=0.1) + "\n" + probe(20, reward=0.3))
     (shown,) = figures.curves(cfg)
-    figure = curves(cfg, tmp_path, shown).figure
+    figure = curves(cfg, shown, runs(cfg, tmp_path, shown)).figure
     lines = figure.axes[0].get_lines()[4:]
     assert [list(line.get_ydata()) for line in lines[:2]] == [[20.0, 20.0], [10.0, 30.0]]
     assert lines[0].get_color() == lines[1].get_color() and len(figure.legends[0].get_texts()) == 3 + 1

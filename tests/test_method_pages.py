@@ -8,7 +8,6 @@ import pytest
 from documents import FENCE, ROOT, section, text_of
 
 from eval.method_pages import measured, modules, page_of, signed
-from eval.sections.judges import untuned_of
 from pso.config import load
 from pso.entries import MethodEntry
 
@@ -118,7 +117,7 @@ def results(tmp_path):
              "difference": 0.25, "interval": [0.125, 0.5]}
             for s in table.eval_sets
             for r in table.rows
-            if (base := untuned_of(table, r)) is not None
+            if (base := table.untuned_of(r)) is not None
         ]  # fmt: skip
         (tmp_path / "tables" / f"{name}.diff.json").write_text(json.dumps({"directions": directions}))
     claims = [

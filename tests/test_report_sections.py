@@ -20,7 +20,7 @@ from synthetic import EVAL_SETS, NUM_PROMPTS, config, frame, png, scores_path, t
 from eval import scores as reading
 from eval.sections import categories, curves, grids, wins
 from eval.sections.grids import SIDE, picture, prompts_that_fit
-from eval.sections.judges import judged, untuned_of
+from eval.sections.judges import judged
 from eval.sections.page import Context
 from eval.stats import paired_difference, win_rate
 from eval.wins import mean_intervals
@@ -295,11 +295,11 @@ def test_metrics_are_the_papers_another_judge_and_what_changes_in_a_picture():
 
 def test_the_untuned_row_is_of_the_same_model_and_steps():
     entry = load({}).table_entries["table2"]
-    found = {row.label: untuned_of(entry, row) for row in entry.all_rows}
+    found = {row.label: entry.untuned_of(row) for row in entry.all_rows}
     assert found["Online-PSO w/ SDXL-Turbo-1step"].label == "SDXL-Turbo-1step"
     assert found["Online-PSO w/ SDXL-Turbo-4step"].label == "SDXL-Turbo-4step"
     assert found["SDXL-Turbo-1step"] is found["SDXL-Turbo-4step + DPO delta"] is None
-    assert untuned_of(table(rows=[row for row in table().rows if row.steps > 4]), table().extra_rows[0]) is None
+    assert table(rows=[row for row in table().rows if row.steps > 4]).untuned_of(table().extra_rows[0]) is None
 
 
 def test_sections_together_read_every_file_once(tmp_path, monkeypatch):

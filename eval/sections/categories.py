@@ -7,9 +7,8 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from eval.diff import Reader
 from eval.scores import metric_title, pair, table_entry
-from eval.sections.judges import judged, marked, untuned_of
+from eval.sections.judges import judged, marked
 from eval.sections.page import Context, render
 from eval.stats import prompt_means
 from eval.tables import DASH, TRAINED_ON, digits
@@ -64,10 +63,10 @@ def differences(
 ) -> tuple[list[str], dict[tuple[str, str], np.ndarray]]:
     """Prompt ids in order; (metric, label of a row) -> each prompt's mean difference to the untuned row."""
     table = table_entry(context.config, name)
-    reader = Reader(context.config, context.results, table, context.scores)
     prompt_ids, found = [], {}
     for metric, row in itertools.product(metrics, rows):
-        pairs = pair(reader(row, eval_set, metric), reader(untuned_of(table, row), eval_set, metric))
+        both = (context.scores(one, eval_set, metric, table.tasks) for one in (row, table.untuned_of(row)))
+        pairs = pair(*both)
         left, right = prompt_means(pairs["prompt_id"], pairs["left"], pairs["right"])
         ids = sorted(pairs["prompt_id"].unique())
         if ids != (prompt_ids := prompt_ids or ids):
@@ -121,7 +120,7 @@ def block(context: Context, name: str, eval_set: str, rows: list[Row]) -> dict:
     return {
         "name": name,
         "eval_set": eval_set,
-        "bases": sorted({untuned_of(table, row).label for row in rows}),
+        "bases": sorted({table.untuned_of(row).label for row in rows}),
         "all": every[0],
         "fields": [(field, [column for column in every if column.field == field]) for field in FIELDS.values()],
         "few": any(column.few for column in every),
@@ -135,7 +134,7 @@ def section(context: Context) -> Markup | None:
     config, found = context.config, []
     for name in config.tables:
         table = table_entry(config, name)
-        rows = [row for row in table.shown_rows if untuned_of(table, row) is not None]
+        rows = [row for row in table.shown_rows if table.untuned_of(row) is not None]
         if rows and judged(config, table) and not table.subjects:
             sets = [eval_set for eval_set in table.eval_sets if config.datasets[eval_set].format == FORMAT]
             found += [block(context, name, eval_set, rows) for eval_set in sets]

@@ -10,7 +10,7 @@ from eval.scores import metric_title
 from eval.sections.page import Context, render
 from eval.tables import digits
 from pso import figures
-from pso.entries import UNTUNED, Config
+from pso.entries import UNTUNED, Config, Row
 
 TITLE = "Curves and cost"
 WHY_NONE = "No row of these tables was tuned, so there are no probes and no cost of tuning."
@@ -22,7 +22,8 @@ def section(context: Context) -> str | None:
     config, results = context.config, context.results
     found = []
     for shown in figures.curves(config):
-        found.append((curves(config, results, shown), *probe_table(context, shown)))
+        every = runs(config, results, shown)
+        found.append((curves(config, shown, every), *probe_table(config, every)))
     for shown in figures.costs(config):
         frame = gains(config, results, shown, context.scores)
         found.append((cost(config, shown, frame), *cost_table(context, shown, frame)))
@@ -34,11 +35,10 @@ def element(drawn: style.Drawn) -> Markup:
     return Markup(style.svg(drawn.figure, f"figure-{drawn.name}", drawn.title, drawn.caption))
 
 
-def probe_table(context: Context, shown: figures.Curves) -> tuple[list[str], list[list[str]]]:
-    """Heads, and a line per run: its first probe and its last."""
-    every = runs(context.config, context.results, shown)
+def probe_table(config: Config, every: list[tuple[Row, str, pd.DataFrame]]) -> tuple[list[str], list[list[str]]]:
+    """Heads, and a line per run of eval.curves.runs: its first probe and its last."""
     columns = list(dict.fromkeys(name for *_, frame in every for name in frame.columns))
-    heads = ["Run", *(NAMES.get(name) or metric_title(context.config, name) for name in columns)]
+    heads = ["Run", *(NAMES.get(name) or metric_title(config, name) for name in columns)]
     lines = []
     for _, name, frame in every:
         ends = frame.iloc[[0, -1]] if len(frame) else frame

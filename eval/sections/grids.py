@@ -13,10 +13,9 @@ import pandas as pd
 from markupsafe import Markup
 from PIL import Image, ImageOps
 
-from eval.diff import Reader
 from eval.grids import REAL, Line, prompt_lines, subject_lines, titles, told
 from eval.scores import IMAGE, metric_title, run_folders, table_entry
-from eval.sections.judges import judged, marked, untuned_of
+from eval.sections.judges import judged, marked
 from eval.sections.page import Context, data_uri, render
 from eval.tables import DASH, TRAINED_ON, decimals
 from pso.entries import Row
@@ -43,8 +42,7 @@ class ShownScores:
     """Scores of the images that grids show: of the runs of a row's first training seed."""
 
     def __init__(self, context: Context, name: str) -> None:
-        self.context, self.name, self.table = context, name, table_entry(context.config, name)
-        self.reader, self.read = Reader(context.config, context.results, self.table, context.scores), {}
+        self.context, self.table, self.read = context, table_entry(context.config, name), {}
         self.metrics, self.places = judged(context.config, self.table), decimals(context.config, name)
 
     def value(self, row: Row, eval_set: str, metric: str, line: Line) -> float | None:
@@ -53,7 +51,7 @@ class ShownScores:
         if key not in self.read:
             config, results = self.context.config, self.context.results
             first = next(iter(run_folders(config, results, self.table.task, row)))
-            frame = self.reader(row, eval_set, metric).frame
+            frame = self.context.scores(row, eval_set, metric, self.table.tasks).frame
             self.read[key] = frame[frame["run_seed"] == first].set_index(IMAGE)["score"].to_dict()
         subject = subject_of(line.task)
         prompt_id = f"{subject}/{line.prompt_id}" if subject else line.prompt_id
@@ -61,7 +59,7 @@ class ShownScores:
 
     def of(self, row: Row, eval_set: str, line: Line) -> list[dict]:
         """A line of text for each metric: value, and difference to the untuned picture of the same noise."""
-        base, found = untuned_of(self.table, row), []
+        base, found = self.table.untuned_of(row), []
         for metric in self.metrics:
             value, places = self.value(row, eval_set, metric, line), min(self.places[metric], DIGITS)
             before = self.value(base, eval_set, metric, line) if base else None

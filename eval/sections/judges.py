@@ -1,4 +1,4 @@
-"""What sections about scores agree on: which metrics they show, and which row a row is held against. No torch."""
+"""What sections about scores agree on: which metrics they show, and how they mark the training reward. No torch."""
 
 from eval.tables import TRAINED_ON
 from pso.entries import UNTUNED, Config, Row, TableEntry
@@ -17,11 +17,3 @@ def marked(config: Config, row: Row, metric: str, label: str) -> str:
     """The label, with a sign where the metric was the row's training reward."""
     trained_on = row.method != UNTUNED and config.methods[row.method].reward == metric
     return f"{label} {TRAINED_ON}" if trained_on else label
-
-
-def untuned_of(table: TableEntry, row: Row) -> Row | None:
-    """The row of the same model and steps before anything was trained, where the table shows it."""
-    if row.method == UNTUNED:
-        return None
-    untuned = [one for one in table.shown_rows if one.method == UNTUNED]
-    return next((one for one in untuned if (one.model, one.steps) == (row.model, row.steps)), None)
