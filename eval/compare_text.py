@@ -5,7 +5,6 @@ import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import jinja2
 from tabulate import tabulate
 
 from eval.compare_cells import HIGHER, LOWER, ONLY_A, ONLY_B, SAME
@@ -14,6 +13,7 @@ from eval.compare_paper import DISAGREES
 from eval.compare_same import sentence, shown
 from eval.prose import grouped, listed
 from eval.tables import DASH, digits
+from pso.templates import environment
 
 WIDTH = 100
 MOST_CELLS = 40  # of the text; the page and the JSON have all
@@ -314,14 +314,8 @@ def _paper_cell(found: dict, e: dict) -> list[str]:
 
 def to_html(found: dict) -> str:
     """One file that loads nothing; everything in it is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    templates = environment(FOLDER, html=True)
     functions = (number, between, title, told, what, tree_line, summary, notes, moved, where, by_table, by_part)
-    environment.globals |= {function.__name__: function for function in functions}
-    environment.globals |= {"grouped": grouped, "PARTS": PARTS, "ONLY_NUMBERS": ONLY_NUMBERS}
-    return environment.get_template("compare.html").render(found=found)
+    templates.globals |= {function.__name__: function for function in functions}
+    templates.globals |= {"grouped": grouped, "PARTS": PARTS, "ONLY_NUMBERS": ONLY_NUMBERS}
+    return templates.get_template("compare.html").render(found=found)

@@ -26,6 +26,7 @@ from pso.hub import Hub, hub_dir
 from pso.licences import Licence, Source, inherited, sentence, sources
 from pso.paths import LORA_FILE, RESULTS, card_file, run_dir, subject_of
 from pso.provenance import ROOT, UserError, atomic, read_json, sentences, sha256_of
+from pso.templates import environment
 from pso.usage import call, code
 
 TEMPLATES = Path(__file__).parent  # card.md.j2, usage.py.j2
@@ -286,7 +287,7 @@ def text_of(config: Config, run: Run, results: Path = RESULTS, place: str | None
     is_toy = toy(config) is not None
     prompt = called.get("instance_prompt", PROMPTS[is_toy])
     text = (
-        environment()
+        templates()
         .get_template("card.md.j2")
         .render(
             metadata=head.to_yaml(),
@@ -317,14 +318,8 @@ def text_of(config: Config, run: Run, results: Path = RESULTS, place: str | None
     return text
 
 
-def environment() -> jinja2.Environment:
-    found = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+def templates() -> jinja2.Environment:
+    found = environment(TEMPLATES, html=False)
     found.filters["terms"] = sentence
     return found
 

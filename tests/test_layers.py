@@ -38,6 +38,7 @@ TORCH_FREE = [
         for name in (
             "background",
             "card",
+            "templates",
             "card_metadata",
             "card_scores",
             "leaks",

@@ -21,6 +21,7 @@ from eval.scores import ScoreFiles
 from pso.entries import Config
 from pso.paths import scale_dir
 from pso.provenance import read_json
+from pso.templates import environment
 
 FOLDER = Path(__file__).resolve().parent
 INLINE = (  # the Markdown that our sentences hold
@@ -79,21 +80,15 @@ class Context:
 
 
 @cache
-def environment() -> jinja2.Environment:
-    found = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+def templates() -> jinja2.Environment:
+    found = environment(FOLDER, html=True)
     found.filters |= {"data_uri": data_uri, "inline": inline, "grouped": grouped, "capitalize_first": capitalize_first}
     return found
 
 
 def render(template: str, **values) -> Markup:
     """A template of this folder, filled."""
-    return Markup(environment().get_template(template).render(**values))
+    return Markup(templates().get_template(template).render(**values))
 
 
 def data_uri(content: bytes, kind: str = "image/png") -> str:
