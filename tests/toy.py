@@ -144,9 +144,15 @@ def text_config(tokenizer) -> CLIPTextConfig:
     )
 
 
-@functools.cache
 def pipeline() -> StableDiffusionXLPipeline:
-    """Built once; nobody changes its weights."""
+    """Weights of its own in each, all drawn alike: a test may change their precision and no other test sees it."""
+    parts = _built().components
+    own = {name: copy.deepcopy(part) if isinstance(part, torch.nn.Module) else part for name, part in parts.items()}
+    return StableDiffusionXLPipeline(**own, add_watermarker=False)
+
+
+@functools.cache
+def _built() -> StableDiffusionXLPipeline:
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
         torch.manual_seed(0)
         first = write_tokenizer(Path(folder) / "tokenizer")
@@ -173,8 +179,7 @@ def pipeline() -> StableDiffusionXLPipeline:
 
 def new_policy(rank: int | None = 4, moved: float = 0.0) -> Policy:
     """A policy with a UNet of its own. rank None: no adapter; moved: std of lora_B (0: theta = pre)."""
-    parts = {**pipeline().components, "unet": copy.deepcopy(pipeline().unet)}
-    policy = Policy(StableDiffusionXLPipeline(**parts, add_watermarker=False), resolution=16)
+    policy = Policy(pipeline(), resolution=16)
     if rank is not None:
         policy.add_lora(rank, TARGETS, seed=1)
         move(policy, moved)
