@@ -18,7 +18,7 @@ all: $(VENV)/ready
 setup: $(VENV)/ready
 
 test: $(VENV)/ready
-	python -m pytest
+	python -m pytest --numprocesses $(CORES) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/ready
 	ruff check .

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import hypothesis
 import pytest
+from filelock import FileLock
 
 # the same examples in every run: whether `main` is green must not be a matter of luck
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
@@ -39,15 +41,26 @@ def snakemake(
     )  # fmt: skip
 
 
+# files whose few tests take minutes each: they come first, so that no process has them left at the end
+LONG = ("test_slurm.py", "test_kills.py", "test_faults.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory) -> Path:
     """A folder whose results/smoke the whole DAG has made: a new one, or the one that PSO_SMOKE names, which is brought
-    up to date."""
-    folder = Path(os.environ.get("PSO_SMOKE") or tmp_path_factory.mktemp("smoke"))
+    up to date. Of several processes (pytest-xdist) the first makes it, and each works on a copy of its own."""
+    several = "PYTEST_XDIST_WORKER" in os.environ
+    base = tmp_path_factory.getbasetemp()
+    folder = Path(os.environ.get("PSO_SMOKE") or (base.parent if several else base) / "smoke")
     folder.mkdir(parents=True, exist_ok=True)
-    done = snakemake(cwd=folder)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return folder
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        done = snakemake(cwd=folder)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+        return shutil.copytree(folder, base / "smoke", symlinks=True) if several else folder
 
 
 @pytest.fixture
