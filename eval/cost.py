@@ -6,7 +6,6 @@ Writes results/{scale}/cost.md: seconds, peak memory, of a GPU too where there w
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +13,7 @@ import pandas as pd
 from pso.config import add_arguments, from_arguments
 from pso.entries import UNTUNED, Config
 from pso.paths import RESULTS, manifest, model_dir, root_of, run_dir, scale_dir
-from pso.provenance import UserError, atomic, sentences
+from pso.provenance import UserError, atomic, read_json, sentences
 from pso.runs import jobs
 from pso.steps import Steps
 
@@ -53,7 +52,7 @@ def records(config: Config, results: Path) -> list[dict]:
     for name, path in record_files(config, results).items():
         if not path.exists():
             raise UserError(f"{path} is not there; run `snakemake --cores 2` first.")
-        found.append({"job": name, **json.loads(path.read_text())["cost"]})
+        found.append({"job": name, **read_json(path)["cost"]})
     return found
 
 

@@ -7,7 +7,6 @@ UNet forwards are counted (run.json: pictures through the network forward, probe
 depend on the machine. GPU-hours are told where a run had a GPU: seconds of the job times its processes.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from eval.tables import scale_sentence
 from eval.wins import by_prompt, mean_intervals
 from pso.entries import UNTUNED, Config, Row
 from pso.figures import Cost, short
-from pso.provenance import UserError
+from pso.provenance import UserError, read_json
 
 COUNTED = ("unet_forwards", "reward_queries", "gpu_hours")
 APART = 0.03  # of the axis: points of equal cost
@@ -38,7 +37,7 @@ def spent(config: Config, results: Path, row: Row, tasks: tuple[str, ...]) -> di
             path = folder / "run.json"
             if not path.exists():
                 raise UserError(f"{path} is not there; run `snakemake --cores 2` first.")
-            run = json.loads(path.read_text())
+            run = read_json(path)
             found.append({"reward_queries": 0, **run["cost"], "gpu_hours": gpu_hours(run) or 0.0})
     return pd.DataFrame(found)[list(COUNTED)].mean().to_dict()
 

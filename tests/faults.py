@@ -46,6 +46,8 @@ JOBS = {
     "claims": ("eval.claims",),
     "figures": ("eval.figures",),
     "cost": ("eval.cost",),
+    "report": ("eval.report",),
+    "cards": ("pso.card",),
 }
 MORE = ("clip_score", "aesthetic_score", "sharpness", "drift", "diversity", "sharpness_ratio")
 ASKED = settings(("pso_online",), 4, 2, 1, (*SLOW, *MORE))  # scored by PickScore alone: as many writes as it takes

@@ -485,3 +485,6 @@ def test_what_the_untuned_rows_cost_is_counted_where_they_were_made_alone(tmp_pa
     found = records(cfg, tmp_path)
     assert sum(one["wall_s"] for one in found) == 35
     assert [stage(one["job"]) for one in found].count("images") == 2
+    (folder / "untuned_images.json").write_text('{"cost"')
+    with pytest.raises(UserError, match=r"untuned_images\.json is no JSON \(.*; delete it"):
+        records(cfg, tmp_path)

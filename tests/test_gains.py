@@ -74,6 +74,9 @@ def test_costs_are_means_over_runs_and_gpu_hours_are_of_gpus_alone(tmp_path):
     (run_of(cfg, tmp_path, "pso_offline") / "run.json").unlink()
     with pytest.raises(UserError, match="pso_offline.*run.json is not there; run `snakemake"):
         spent(cfg, tmp_path, ROWS[3], ("preference",))
+    (run_of(cfg, tmp_path, "pso_offline") / "run.json").write_text('{"cost": {"wall_s"')
+    with pytest.raises(UserError, match=r"pso_offline.*run\.json is no JSON \(.*; delete it"):
+        spent(cfg, tmp_path, ROWS[3], ("preference",))
 
 
 def test_the_figure_shows_each_row_where_it_cost_and_scored(tmp_path):
