@@ -1,7 +1,8 @@
 """Curves of the probes in train.jsonl: reward, trajectory KL and further metrics while a model's rows are tuned.
 
-The KL is that of the whole trajectory: the exact KL of each transition under the tuned model's own samples, summed. A
-deterministic sampler has none. No torch.
+The KL is that of the whole trajectory: the exact KL of each transition under the tuned model's own samples, a mean over
+the latent's elements as in the objectives, summed over transitions. Times elements it is the KL of all. A deterministic
+sampler has none. No torch.
 """
 
 import json
@@ -21,7 +22,7 @@ from pso.figures import Curves, short
 from pso.paths import root_of, subject_of
 from pso.provenance import UserError
 
-UPDATE, KL = "Update", "KL(theta | pre) of a trajectory"
+UPDATE, KL = "Update", "KL(theta | pre) per latent element"
 SEVERAL = 5  # runs of a figure that one line of its head names
 FEW_LEVELS = 3  # untuned levels that a panel shows: runs on other prompts, or of other subjects, begin elsewhere
 BLURS = "sharpness"  # the metric that falls where a run blurs its pictures
@@ -34,7 +35,9 @@ def read_probes(path: Path) -> pd.DataFrame:
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:
-            raise UserError(f"{path} line {number} is not JSON; delete that line and draw the curves again.") from None
+            entry = None
+        if not isinstance(entry, dict):
+            raise UserError(f"{path} line {number} is no JSON object; delete that line and draw the curves again.")
         if entry.get("event") == "probe":
             total = sum(entry["kl"].values()) if entry["kl"] else None
             found = {"update": entry["update"], "reward": entry.get("reward"), "kl": total}
@@ -91,6 +94,7 @@ def curves(config: Config, shown: Curves, every: list[tuple[Row, str, pd.DataFra
     style.head(figure, " ".join([f"{title}.", *absent, f"Scale {config.scale}."]))
     caption = [f"{title}: what probes measured, on pictures of the same prompts and noise in all of a run."]
     caption += [f"Panels: {', '.join(_title(config, shown, *pair) for pair in axes)}."]
+    caption += ["KL: mean over the latent's elements, sum over transitions."] * any("kl" in pair for pair in axes)
     caption += ["Fine dashes: before the first update."] * (levels > 0)
     caption += ["There are several, as a run's probes are of its own training prompts."] * (levels > 1)
     return style.Drawn(shown.name, figure, title, " ".join([*caption, *absent, scale_sentence(config)]))
@@ -102,9 +106,10 @@ def model_and_task(config: Config, model: str, tasks: tuple[str, ...]) -> str:
 
 
 def _values(frame: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
-    """The probes that measured both."""
-    there = {x, y} <= set(frame)
-    return frame[[x, y]].dropna() if there else pd.DataFrame(columns=[x, y], dtype=float)
+    """The probes that measured both; what is not finite is told in the head and not drawn."""
+    if not {x, y} <= set(frame):
+        return pd.DataFrame(columns=[x, y], dtype=float)
+    return frame[[x, y]].replace([np.inf, -np.inf], np.nan).dropna()
 
 
 def _title(config: Config, shown: Curves, x: str, y: str) -> str:
@@ -133,7 +138,7 @@ def _panel(config: Config, panel: Axes, x: str, y: str, shown: Curves, every: li
         panel.text(0.5, 0.5, "nothing was measured", ha="center", va="center", transform=panel.transAxes)
         panel.set(xticks=[], yticks=[])
     panel.set(title=_title(config, shown, x, y), xlabel=_label(config, x), ylabel=_label(config, y))
-    highest = max((frame["kl"].max() for *_, frame in every if "kl" in frame), default=0)
+    highest = max((_values(frame, "update", "kl")["kl"].max() for *_, frame in every), default=0)
     for name, axis in (("x", x), ("y", y)):
         if axis == "kl" and highest > 0:  # two decades, and below them linear, as it begins at 0
             getattr(panel, f"set_{name}scale")("symlog", linthresh=10.0 ** math.floor(math.log10(highest) - 1))
@@ -161,6 +166,8 @@ def _without(every: list) -> dict[str, list[str]]:
         if frame.empty:
             found.setdefault("No probes", []).append(name)
             continue
+        if np.isinf(frame.to_numpy()).any():
+            found.setdefault("Not finite in some probes", []).append(name)
         for column, what in (("reward", "No reward measured"), ("kl", "No KL (deterministic sampler)")):
             if frame[column].isna().all():
                 found.setdefault(what, []).append(name)

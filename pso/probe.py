@@ -50,7 +50,7 @@ class Probe:
         return found | ({"reward": means.pop("reward")} if self.reward is not None else {}) | {"metrics": means}
 
     def divergence(self, trajectory: Trajectory) -> dict[str, float]:
-        """Transition -> KL, mean over the prompts."""
+        """Transition -> KL, mean over the latent's elements and the prompts."""
         before, _ = trajectory.transitions
         n = torch.tensor(self.chain.trained_steps).expand(before.shape[:2])
         rows = torch.arange(len(before)).repeat_interleave(before.shape[1])

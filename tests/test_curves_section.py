@@ -60,7 +60,7 @@ def test_every_line_figure_is_there_once_with_ids_of_its_own(made):
 def test_the_first_and_last_probe_of_every_run_can_be_read(made):
     _, html = made
     head, *lines = Tables(html).tables[0]
-    assert head == ["Run", "Update", "Reward", "KL", "Sharpness"]
+    assert head == ["Run", "Update", "Reward", "KL per element", "Sharpness"]
     of = {line[0]: dict(zip(head, line, strict=True)) for line in lines}
     assert of["Naive fine-tune"]["Sharpness"] == "90 → 90" and of["Naive fine-tune"]["Reward"] == ""
     assert of["Online-PSO"] == {

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import struct
 import zlib
@@ -322,7 +323,10 @@ def test_probes(tmp_path):
     assert np.isnan(found["reward"].iloc[0]) and found["reward"].iloc[1] == 0.4  # the later entry of update 10
     assert found["sharpness"].iloc[0] == 7.0 and np.isnan(found["sharpness"].iloc[1])
     path.write_text(probe(0) + '\n{"event": "pro')
-    with pytest.raises(UserError, match="line 2 is not JSON"):
+    with pytest.raises(UserError, match="line 2 is no JSON object"):
+        read_probes(path)
+    path.write_text("[]\n")
+    with pytest.raises(UserError, match="line 1 is no JSON object"):
         read_probes(path)
 
 
@@ -400,6 +404,19 @@ def test_curves_show_every_run_and_say_what_is_not_there(tmp_path):
     told = figure.get_suptitle().replace("\n", " ")
     assert "No probes: Offline-PSO." in told and "No reward measured: Naive fine-tune." in told
     assert "No sharpness measured: Online-PSO." in told
+
+
+def test_a_probe_that_is_not_finite_is_told_and_not_drawn(tmp_path):
+    cfg = tree(tmp_path)
+    log = run_of(cfg, tmp_path, "pso_online") / "train.jsonl"
+    log.write_text(
+        f"{log.read_text().rstrip()}\n" + json.dumps({"event": "probe", "update": 99, "kl": {"2": math.inf}})
+    )
+    (shown,) = figures.curves(cfg)
+    figure = curves(cfg, shown, runs(cfg, tmp_path, shown)).figure
+    assert "Not finite in some probes: Online-PSO." in figure.get_suptitle().replace("\n", " ")
+    _, kl, *_ = figure.axes
+    assert kl.get_lines()[2].get_xdata().tolist() == [0.0, 10.0] and kl.get_yscale() == "symlog"
 
 
 def test_runs_of_several_seeds_share_their_rows_style(tmp_path):

@@ -364,6 +364,30 @@ def test_a_table_of_other_settings_is_not_shown(tmp_path):
     assert not found.all("table")
 
 
+@pytest.mark.parametrize(
+    ("there", "instead", "said"),
+    [("pso_offline,4", "pso_online,4", "as pso_online and not"), (",4,", ",8,", "as 8 and not 4")],
+)
+def test_a_row_of_another_method_or_grid_under_the_same_label_is_not_shown(tmp_path, there, instead, said):
+    folder = tmp_path / "miniature" / "tables"
+    folder.mkdir(parents=True)
+    text = (MINIATURE / "tables" / "table1.csv").read_text()
+    assert there in text
+    (folder / "table1.csv").write_text(text.replace(there, instead))
+    found = tree(tables.section(Context(load({"scale": "miniature", "tables": ["table1"]}), tmp_path)))
+    assert said in found.text and "so it is of other settings" in found.text and not found.all("table")
+
+
+def test_a_table_that_is_not_held_against_the_paper_yet_says_so_and_how(tmp_path):
+    folder = tmp_path / "miniature" / "tables"
+    folder.mkdir(parents=True)
+    shutil.copy(MINIATURE / "tables" / "table2.csv", folder)
+    found = tree(tables.section(Context(load({"scale": "miniature", "tables": ["table2"]}), tmp_path)))
+    assert "Nothing is held against the paper yet: results/miniature/tables/table2.diff.json is not there" in found.text
+    assert "The paper has no such table" not in found.text and "not comparable" in found.text
+    assert found.all("table")
+
+
 def test_a_broken_file_is_named(tmp_path):
     (tmp_path / "miniature").mkdir()
     (tmp_path / "miniature" / "claims.json").write_text("{")

@@ -1,5 +1,7 @@
 """Win rates of all rows of a table: against eval.stats.win_rate pair by pair, ends, strata, what is refused."""
 
+import itertools
+
 import matplotlib.colors
 import numpy as np
 import pytest
@@ -62,16 +64,22 @@ def test_a_row_above_on_every_prompt_has_the_exact_interval_of_a_share():
         assert (low[2], high[2]) == (0.5, 0.5)
 
 
-def test_subjects_count_once_each(tmp_path):
-    cfg = concept_tree.concept(tmp_path)
-    for row in (ROWS[2], ROWS[3]):
+def of_subjects(results):
+    """Two rows of a cup, of which the second is above on 10 of 30 prompts, and of a kite, where it is on all."""
+    cfg = concept_tree.concept(results)
+    for row, metric in itertools.product((ROWS[2], ROWS[3]), ("pick_score", "clip_score")):
         for subject, count in (("cup", 10), ("kite", 30)):
-            scores = frame(row, "dreambooth_prompts", "pick_score")
+            scores = frame(row, "dreambooth_prompts", metric)
             above = row.method == "pso_offline"
             scores["score"] = [float(above and int(prompt[1:]) < count) for prompt in scores["prompt_id"]]
-            run = paths.run_dir(cfg.scale, f"concept/{subject}", row.model, row.method, 0, tmp_path)
-            path = paths.scores_file(run, "dreambooth_prompts", row.steps, "pick_score")
-            write_scores(path, scores, row, "dreambooth_prompts", "pick_score")
+            run = paths.run_dir(cfg.scale, f"concept/{subject}", row.model, row.method, 0, results)
+            path = paths.scores_file(run, "dreambooth_prompts", row.steps, metric)
+            write_scores(path, scores, row, "dreambooth_prompts", metric)
+    return cfg
+
+
+def test_subjects_count_once_each(tmp_path):
+    cfg = of_subjects(tmp_path)
     found = win_rates(cfg, tmp_path, "table1", "pick_score", "dreambooth_prompts").set_index("left")
     ours = found.loc[ROWS[3].label]
     # of the cup above on 10 prompts and equal on 20, of the kite above on all
@@ -120,7 +128,17 @@ def test_a_map_shows_every_rate_and_marks_what_is_clear(tmp_path):
         assert {text.get_weight() for text in cells.values()} == {"bold", "normal"}
         # the row stands above the column: the axis begins at the top
         assert panel.get_ylim()[0] > panel.get_ylim()[1]
-    assert "30 prompts" in drawn.title and drawn.caption.endswith("Scale miniature: a stand-in world.")
+    assert "30 prompts" in drawn.title and "a bootstrap over prompts that" in drawn.caption
+    assert drawn.caption.endswith("Scale miniature: a stand-in world.")
+
+
+def test_a_map_of_many_subjects_counts_subjects(tmp_path, monkeypatch):
+    for module in ("eval.scores", "eval.tables"):
+        monkeypatch.setattr(f"{module}.MANY_SUBJECTS", 2)
+    cfg = of_subjects(tmp_path)
+    (shown,) = figures.matrices(cfg)
+    drawn = win_map(cfg, tmp_path, shown)
+    assert "on how many of 2 subjects a row" in drawn.title and "a bootstrap over subjects that" in drawn.caption
 
 
 def test_numbers_are_read_on_their_cells():

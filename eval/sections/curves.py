@@ -15,7 +15,7 @@ from pso.entries import UNTUNED, Config, Row
 TITLE = "Curves and cost"
 WHY_NONE = "No row of these tables was tuned, so there are no probes and no cost of tuning."
 ENDS = ["value", "low", "high"]
-NAMES = {"update": "Update", "reward": "Reward", "kl": "KL"}
+NAMES = {"update": "Update", "reward": "Reward", "kl": "KL per element"}
 
 
 def section(context: Context) -> str | None:

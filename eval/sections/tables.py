@@ -60,9 +60,9 @@ def _table(context: Context, name: str) -> dict:
     if not context.has(f"tables/{name}.csv"):
         return told | {"why": context.not_there(f"tables/{name}.csv")}
     frame = context.table(name)
-    if lacking := _lacking(table, frame):
+    if other := _other(table, frame):
         return told | {
-            "why": f"results/{config.scale}/tables/{name}.csv lacks {lacking}, so it is of other settings; "
+            "why": f"results/{config.scale}/tables/{name}.csv {other}, so it is of other settings; "
             "`snakemake --cores 2` makes it again."
         }
     frame = frame.astype({"dropped": object, "status": object}).fillna({"dropped": "", "status": ""})
@@ -85,22 +85,34 @@ def _table(context: Context, name: str) -> dict:
         "notes": notes(config, table, frame, run_notes(config, context.results, table)),
         "doubts": list(beside.doubts),
         "over": resampled(table),
-        "in_paper": found is not None,
+        "in_paper": reference_file(name).exists(),
+        "comparable": False,
+        "held": found is not None,
     }
     if found is None:
-        return told
+        return told | {"unheld": context.not_there(f"tables/{name}.diff.json")}
     titles = {metric: metric_title(config, metric) for metric in table.metrics}
     told |= {"comparable": found["comparable"], "agreement": agreement(found), "cells": len(found["cells"])}
     told |= {"cell_counts": found["cell_counts"], "words": paragraph(found, titles)}
     return told | {"differences": _differences(context, found)}
 
 
-def _lacking(table: TableEntry, frame: pd.DataFrame) -> str | None:
-    """What a table's file would have if it were of these settings."""
+def _other(table: TableEntry, frame: pd.DataFrame) -> str | None:
+    """What is not in a table's file, or otherwise, although it would be if the file were of these settings."""
     columns = [metric for metric in all_metrics(table) if metric not in frame]
     labels = [row.label for row in table.all_rows if row.label not in set(frame["label"])]
     sets = [name for name in table.eval_sets if name not in set(frame["eval_set"])]
-    return ", ".join([*columns, *labels, *sets]) or None
+    if lacking := [*columns, *labels, *sets]:
+        return f"lacks {', '.join(lacking)}"
+    parts = ["model", "method", "steps"]
+    there = frame.drop_duplicates("label").set_index("label")[parts].to_dict("index")
+    changed = [
+        f"{row.label} as {there[row.label][part]} and not {getattr(row, part)}"
+        for row in table.shown_rows
+        for part in parts
+        if there[row.label][part] != getattr(row, part)
+    ]
+    return f"has {', '.join(changed)}" if changed else None
 
 
 class Beside:
