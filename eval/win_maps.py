@@ -46,7 +46,7 @@ def win_map(config: Config, results: Path, shown: Matrix, files: ScoreFiles | No
     style.head(figure, f"{title}. Bold: the 95 % interval leaves out 50. {shown.shows}. Scale {config.scale}.")
     told = [
         f"{title}. The row against the column, of the same prompts and noise; equal scores count half.",
-        f"Bold: the 95 % interval, a bootstrap over {over} that is not corrected for the number of pairs, leaves out 50.",
+        f"Bold: the 95 % interval, a bootstrap over {over} that is not corrected for many pairs, leaves out 50.",
         f"{shown.shows}; eval set {shown.eval_set}.",
     ]
     return style.Drawn(shown.name, figure, title, " ".join([*told, scale_sentence(config)]))

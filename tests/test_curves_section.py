@@ -64,7 +64,7 @@ def test_the_first_and_last_probe_of_every_run_can_be_read(made):
     of = {line[0]: dict(zip(head, line, strict=True)) for line in lines}
     assert of["Naive fine-tune"]["Sharpness"] == "90 → 90" and of["Naive fine-tune"]["Reward"] == ""
     assert of["Online-PSO"] == {
-        "Run": "Online-PSO", "Update": "0 → 10", "KL": "0 → 7.5", "Reward": "20 → 20", "Sharpness": "",
+        "Run": "Online-PSO", "Update": "0 → 10", "KL per element": "0 → 7.5", "Reward": "20 → 20", "Sharpness": "",
     }  # fmt: skip
 
 

@@ -388,6 +388,19 @@ def test_a_table_that_is_not_held_against_the_paper_yet_says_so_and_how(tmp_path
     assert found.all("table")
 
 
+def test_verdicts_of_an_older_table_are_not_shown(tmp_path):
+    folder = tmp_path / "miniature" / "tables"
+    folder.mkdir(parents=True)
+    shutil.copy(MINIATURE / "tables" / "table2.csv", folder)
+    told = diff_of("table2")
+    told["cells"][3]["ours"] += 0.01
+    (folder / "table2.diff.json").write_text(json.dumps(told))
+    found = tree(tables.section(Context(load({"scale": "miniature", "tables": ["table2"]}), tmp_path)))
+    name = f"{told['cells'][3]['label']}, {told['cells'][3]['eval_set']}, {told['cells'][3]['metric']}"
+    assert f"table2.diff.json is older than the table (1 cells differ, as {name})" in found.text
+    assert not found.all(of="verdict") and "directions against a base row" not in found.text
+
+
 def test_a_broken_file_is_named(tmp_path):
     (tmp_path / "miniature").mkdir()
     (tmp_path / "miniature" / "claims.json").write_text("{")

@@ -8,6 +8,7 @@ from collections import Counter
 
 import pandas as pd
 
+from eval.diff import stale
 from eval.paper import load_reference
 from eval.prose import paragraph
 from eval.run_notes import run_notes
@@ -66,7 +67,10 @@ def _table(context: Context, name: str) -> dict:
             "`snakemake --cores 2` makes it again."
         }
     frame = frame.astype({"dropped": object, "status": object}).fillna({"dropped": "", "status": ""})
-    found = context.diff(name)
+    found, unheld = context.diff(name), context.not_there(f"tables/{name}.diff.json")
+    if found is not None and (old := stale(found, frame)):
+        unheld = f"results/{config.scale}/tables/{name}.diff.json is older than the table ({len(old)} cells differ, as "
+        unheld, found = unheld + f"{old[0]}); `snakemake --cores 2` makes it again.", None
     beside = Beside(name, found)
     panels = [("", table.metrics), ("Columns that are not in the paper", table.extra_metrics)]
     told["panels"] = [
@@ -88,9 +92,10 @@ def _table(context: Context, name: str) -> dict:
         "in_paper": reference_file(name).exists(),
         "comparable": False,
         "held": found is not None,
+        "unheld": unheld,
     }
     if found is None:
-        return told | {"unheld": context.not_there(f"tables/{name}.diff.json")}
+        return told
     titles = {metric: metric_title(config, metric) for metric in table.metrics}
     told |= {"comparable": found["comparable"], "agreement": agreement(found), "cells": len(found["cells"])}
     told |= {"cell_counts": found["cell_counts"], "words": paragraph(found, titles)}
