@@ -41,12 +41,9 @@ def snakemake(
     )  # fmt: skip
 
 
-# files whose few tests take minutes each: they come first, so that no process has them left at the end
-LONG = ("test_slurm.py", "test_kills.py", "test_faults.py")
-
-
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    """A cluster of its own takes longest, so no process may have it left at the end."""
+    items.sort(key=lambda item: item.path.name != "test_slurm.py")
 
 
 @pytest.fixture(scope="session")
