@@ -8,9 +8,9 @@ latent elements. Target and reference are the best and the worst candidate of a 
 preference model (baselines/preference_model.py): their first transition leaves the same x_n, further ones
 (`inner_steps` > 0) do not. With inner_steps = N - 2 it is D3PO on pairs that share x_N.
 
-Deviations, all because the paper at hand moves it onto a few-step sampler: every stochastic transition is
-forked (the authors skip the first fifth of 20), guidance is off, the kernel is the sampler's own instead
-of DDIM's with eta = 1. log(clamp) is computed as clamp(log), which also keeps its gradient outside at 0.
+Deviations: every stochastic transition is forked (the authors skip the first fifth of 20) and the kernel is the
+sampler's own instead of DDIM's with eta = 1. On the few-step samplers, onto which the paper at hand moves it,
+guidance is off. log(clamp) is computed as clamp(log), which also keeps its gradient outside at 0.
 """
 
 from typing import Annotated, Literal

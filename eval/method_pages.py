@@ -22,7 +22,10 @@ HOW = (
     "columns that agree with the paper's, that disagree, that are open."
 )
 VERDICTS = ("agrees", "disagrees", "inconclusive")  # of {table}.diff.json
-BARE = "No interval of the difference is kept for rows or columns that the paper does not have: their means alone."
+BARE = (
+    "No interval of the difference is kept for rows or columns that the paper does not have, nor for a row that is held "
+    "against another model there: their means alone."
+)
 
 
 def modules(config: Config) -> list[str]:
