@@ -202,6 +202,11 @@ def resampled(table: TableEntry) -> str:
     return "subjects" if many else f"prompts within subjects, because there are fewer than {MANY_SUBJECTS}"
 
 
+def unit(table: TableEntry) -> str:
+    """What one row can be above another on."""
+    return "subjects" if resampled(table) == "subjects" else "prompts"
+
+
 def off_cells(config: Config, name: str, frame: pd.DataFrame) -> list[str]:
     """The untuned cells that are off the paper's, named."""
     measured = {}

@@ -20,7 +20,10 @@ from synthetic import (
 )
 
 from eval.claims import bound_of, judge, judge_all, remark, to_markdown, write
+from eval.sections.claims import section
+from eval.sections.page import Context
 from eval.stats import Estimate
+from pso.entries import UNTUNED
 from pso.paths import run_dir, scores_file
 from pso.provenance import UserError
 
@@ -136,12 +139,35 @@ def test_training_seeds_are_told(tmp_path):
     cfg = config(seeds=[0, 1], claims=CLAIMS)
     found = {entry["id"]: entry for entry in judge_all(cfg, write_tree(cfg, tmp_path))}
     entry = found["online_above"]
-    assert entry["training_seeds"] == {"left": [0, 1], "right": [0]}
+    assert entry["training_seeds"] == {"left": [0, 1], "right": []}
     by_seed = entry["estimate_by_training_seed"]
     assert sum(by_seed.values()) / 2 == pytest.approx(entry["estimate"])
     assert entry["prompts"] == 2 * NUM_PROMPTS  # more runs are no more prompts
     assert entry["n"] == 2 * NUM_PROMPTS * NUM_SEEDS
-    assert "2 training seed(s), seed 0: +" in to_markdown(cfg, list(found.values()))
+    text = to_markdown(cfg, list(found.values()))
+    assert "2 training seed(s) on the left, 0 on the right, seed 0: +" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"right": NAIVE.label}, "; 2 training seed(s), seed 1: +"),
+        ({"left": "SDXL", "right": NAIVE.label}, "; 0 training seed(s) on the left, 2 on the right, seed 1: +"),
+    ],
+)
+def test_an_estimate_of_one_training_seed_is_of_that_seed_in_both_rows(tmp_path, changes, told):
+    cfg = config(seeds=[1, 2], claims={"one": claim(**changes)})
+    found = judge_all(cfg, write_tree(cfg, tmp_path))
+    left, right = (next(r for r in [*ROWS, NAIVE] if r.label == found[0][side]) for side in ("left", "right"))
+    for seed in (1, 2):
+        gaps = [
+            frame(left, e, "pick_score", 0 if left.method == UNTUNED else seed)["score"]
+            - frame(right, e, "pick_score", seed)["score"]
+            for e in EVAL_SETS
+        ]
+        by_hand = 100 * sum(gap.mean() for gap in gaps) / 2
+        assert found[0]["estimate_by_training_seed"][str(seed)] == pytest.approx(by_hand, rel=1e-9)
+    assert list(found[0]["estimate_by_training_seed"]) == ["1", "2"] and told in to_markdown(cfg, found)
 
 
 def test_text_and_json_are_the_same(tmp_path):
@@ -235,10 +261,13 @@ def test_subjects_are_what_decides_where_a_table_has_them(tmp_path):
             run = run_dir(cfg.scale, f"concept/{subject}", row.model, row.method, 0, tmp_path)
             path = scores_file(run, "parti_prompts", row.steps, "pick_score")
             write_scores(path, frame(row, "parti_prompts", "pick_score"), row, "parti_prompts", "pick_score")
-    entry = judge_all(cfg, tmp_path)[0]
+    entry = write(cfg, tmp_path)[0]
     assert (entry["n"], entry["prompts"]) == (10 * NUM_PROMPTS * NUM_SEEDS, 10 * NUM_PROMPTS)
     assert entry["p_value"] == pytest.approx(2 / 2**10)  # all 10 subjects are above
     assert entry["remark"] == "10 prompts or subjects cannot decide one of 85 claims"
+    assert "| 100.0% of subjects |" in (tmp_path / "miniature/claims.md").read_text()
+    page = section(Context(cfg, tmp_path))
+    assert "left above on 100.0% of subjects" in page and "% of prompts" not in page
 
 
 def test_a_claim_without_numbers_tells_why_beside_its_verdict(tmp_path):

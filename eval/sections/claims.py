@@ -19,6 +19,7 @@ from eval.claims import (
 from eval.scores import metric_title
 from eval.sections.page import Context, render
 from eval.sections.tables import minus
+from eval.tables import unit
 
 TITLE = "Claims"
 WHY_NONE = "No claim has been judged yet; `snakemake --cores 2 claims` does it."
@@ -83,7 +84,7 @@ def _shown(context: Context, entry: dict) -> dict:
         "p_holm": f"{entry['p_value_holm']:.4f}",
         "n": entry["n"],
         "prompts": entry["prompts"],
-        "win_rate": f"{entry['win_rate']:.1%}",
+        "win_rate": f"{entry['win_rate']:.1%} of {unit(config.table_entries[entry['table']])}",
         "seeds": entry["training_seeds"],
         "by_seed": {seed: _text(config, entry, value) for seed, value in seeds},
         "scorer": entry["scorer"]["digest"],
