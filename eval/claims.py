@@ -32,6 +32,7 @@ from pso.entries import UNTUNED, ClaimEntry, Config, TableEntry
 from pso.paths import reference_file
 from pso.provenance import atomic, digest, sentences, write_json
 from pso.runs import metric_missing
+from pso.trained_on import trained_on
 
 ALPHA = 0.05
 HOLDS, FAILS, INCONCLUSIVE = "holds", "fails", "inconclusive"
@@ -184,14 +185,19 @@ def judge_all(config: Config, results: Path) -> list[dict]:
 
 
 def _declared(config: Config, claim: ClaimEntry) -> dict:
-    """What claims.yaml says, and what the metric is to the left row."""
-    method = find_row(config.table_entries[claim.table], claim.left).method
-    trained_on = config.methods[method].reward if method not in (None, UNTUNED) else None
+    """What claims.yaml says, and whether a row was trained on the metric."""
     fields = ("group", "text", "source", "table", "left", "right", "metric", "eval_sets", "relation")
     declared = {field: getattr(claim, field) for field in fields}
     bound = bound_of(config, claim)
-    told = {"bound": bound, "is_training_reward": trained_on == claim.metric}
+    told = {"bound": bound, "is_training_reward": bool(rows_trained_on(config, declared))}
     return declared | told | {"paper": bears_out(claim, bound)}
+
+
+def rows_trained_on(config: Config, entry: dict) -> list[str]:
+    """Labels of the rows of a claim that were trained on its metric or a copy of it."""
+    methods = {row.label: row.method for row in config.table_entries[entry["table"]].all_rows}
+    labels = (entry["left"], entry["right"])
+    return [label for label in labels if trained_on(config, methods.get(label), entry["metric"])]
 
 
 # ---- as text ----
@@ -275,8 +281,8 @@ def _details(config: Config, entry: dict) -> str:
     for seed, value in entry["estimate_by_training_seed"].items():
         text += f", seed {seed}: {number(config, entry, value)}"
     text += f"; scorer {entry['scorer']['digest']}"
-    if entry["is_training_reward"]:
-        text += f". {title} was the training reward of {entry['left']}, so this is no independent evidence"
+    if trained := rows_trained_on(config, entry):
+        text += f". {' and '.join(trained)}: trained on {title} or a copy of it, so this is no independent evidence"
     if entry["dropped"]:
         text += f". Images without a score: {entry['dropped']}"
     return f"{text}."

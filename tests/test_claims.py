@@ -170,6 +170,28 @@ def test_an_estimate_of_one_training_seed_is_of_that_seed_in_both_rows(tmp_path,
     assert list(found[0]["estimate_by_training_seed"]) == ["1", "2"] and told in to_markdown(cfg, found)
 
 
+@pytest.mark.parametrize(
+    ("changes", "labels"),
+    [
+        ({}, [ROWS[4].label]),
+        ({"left": "SDXL-DMD2", "right": ROWS[4].label, "relation": "below"}, [ROWS[4].label]),
+        ({"left": NAIVE.label, "right": ROWS[3].label}, [ROWS[3].label]),  # on a copy
+        ({"right": ROWS[3].label}, [ROWS[4].label, ROWS[3].label]),
+        ({"left": NAIVE.label}, []),
+        ({"metric": "clip_score"}, []),
+    ],
+)
+def test_a_claim_about_what_either_row_was_trained_on_is_no_evidence(tmp_path, changes, labels):
+    methods = config().methods | {"pso_offline": config().methods["pso_offline"].model_copy(update={"reward": "lite"})}
+    metrics = config().metrics | {"lite": metric("Lite", copy_of="pick_score")}
+    cfg = config(methods=methods, metrics=metrics, claims={"one": claim(**changes)})
+    (entry,) = write(cfg, write_tree(cfg, tmp_path))
+    assert entry["is_training_reward"] == bool(labels)
+    told = f"{' and '.join(labels)}: trained on PickScore or a copy of it, so"
+    for text in ((tmp_path / "miniature/claims.md").read_text(), section(Context(cfg, tmp_path))):
+        assert (told in text) == ("no independent evidence" in text) == bool(labels)
+
+
 def test_text_and_json_are_the_same(tmp_path):
     cfg = config(claims=CLAIMS)
     written = write(cfg, write_tree(cfg, tmp_path))
@@ -181,7 +203,7 @@ def test_text_and_json_are_the_same(tmp_path):
     assert needed | {"interval", "p_value", "p_value_holm", "verdict"} <= set(found[0])
     assert "**9 claims: 4 holds, 3 fails, 2 inconclusive.**" in text
     assert "Scale miniature: a stand-in world" in text and "Holm's p < 0.05" in text
-    assert "PickScore was the training reward of Online-PSO w/ SDXL-DMD2, so this is no independent evidence" in text
+    assert "Online-PSO w/ SDXL-DMD2: trained on PickScore or a copy of it, so this is no independent evidence" in text
     for entry in found:
         assert f"`{entry['id']}`" in text
         if entry["estimate"] is None:

@@ -15,6 +15,7 @@ from eval.claims import (
     is_false,
     number,
     printed_cells,
+    rows_trained_on,
 )
 from eval.scores import metric_title
 from eval.sections.page import Context, render
@@ -70,7 +71,7 @@ def _shown(context: Context, entry: dict) -> dict:
     shown |= {"kind": KINDS[entry["verdict"]], "why": entry["remark"] or entry["reason"]}
     shown |= {"metric": metric_title(config, entry["metric"]), "eval_sets": entry["eval_sets"]}
     shown |= {"paper": entry["paper"], "printed": printed_cells(entry) if entry["paper"]["cells"] else None}
-    shown |= {"is_training_reward": entry["is_training_reward"], "measured": entry["estimate"] is not None}
+    shown |= {"trained_on": rows_trained_on(config, entry), "measured": entry["estimate"] is not None}
     shown |= {"in_page": entry["table"] in config.tables}
     if entry["estimate"] is None:
         return shown
