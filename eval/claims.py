@@ -25,13 +25,14 @@ from eval.scores import (
     units,
 )
 from eval.stats import Estimate, Undefined, holm, paired_difference, paired_ratio, smallest_p, win_rate
-from eval.tables import digits, scale_sentence
+from eval.tables import digits, scale_sentence, unit
 from pso import paths
 from pso.config import add_arguments, from_arguments
-from pso.entries import UNTUNED, ClaimEntry, Config
+from pso.entries import UNTUNED, ClaimEntry, Config, TableEntry
 from pso.paths import reference_file
 from pso.provenance import atomic, digest, sentences, write_json
 from pso.runs import metric_missing
+from pso.trained_on import trained_on
 
 ALPHA = 0.05
 HOLDS, FAILS, INCONCLUSIVE = "holds", "fails", "inconclusive"
@@ -111,6 +112,12 @@ def pooled_pairs(sides: list[tuple[str, Scores, Scores]], run_seed: int | None =
     return pd.concat(parts, ignore_index=True)
 
 
+def training_seeds(table: TableEntry, left: Scores, right: Scores) -> dict[str, list[int]]:
+    """Of both rows; none of an untuned row, whose one run is no training."""
+    rows = {"left": left, "right": right}
+    return {side: [] if find_row(table, s.label).method == UNTUNED else s.run_seeds for side, s in rows.items()}
+
+
 def bound_of(config: Config, claim: ClaimEntry) -> float:
     """The value that the estimate is held against."""
     if claim.relation == "at_least_share":
@@ -128,20 +135,20 @@ def estimator(config: Config, claim: ClaimEntry) -> Callable[..., Estimate]:
 def measure(config: Config, results: Path, claim: ClaimEntry) -> tuple[Estimate, dict]:
     """The claim's estimate, and what else is told about it."""
     sides = read_sides(config, results, claim)
-    _, left, right = sides[0]
     scale, estimate = config.scale_entry, estimator(config, claim)
     pairs = pooled_pairs(sides)
     both, over = (pairs["left"], pairs["right"]), units(pairs)
     wins = win_rate(*both, resamples=scale.bootstrap_resamples, seed=scale.eval_seed, **over)
-    by_seed = {}
-    if len(left.run_seeds) > 1:
-        for seed in left.run_seeds:
+    _, left, right = sides[0]
+    seeds, by_seed = training_seeds(config.table_entries[claim.table], left, right), {}
+    if len(every := sorted({*seeds["left"], *seeds["right"]})) > 1:
+        for seed in every:
             one = pooled_pairs(sides, seed)
             by_seed[str(seed)] = estimate(one["left"], one["right"], **units(one)).value
     told = {
         "prompts": pairs["prompt_id"].nunique(),
         "win_rate": wins.value,
-        "training_seeds": {"left": left.run_seeds, "right": right.run_seeds},
+        "training_seeds": seeds,
         "estimate_by_training_seed": by_seed,
         "scorer": {"digest": digest(left.spec), "spec": left.spec},
         "dropped": {f"{s.label} on {name}": s.dropped for name, *rows in sides for s in rows if s.dropped},
@@ -178,14 +185,19 @@ def judge_all(config: Config, results: Path) -> list[dict]:
 
 
 def _declared(config: Config, claim: ClaimEntry) -> dict:
-    """What claims.yaml says, and what the metric is to the left row."""
-    method = find_row(config.table_entries[claim.table], claim.left).method
-    trained_on = config.methods[method].reward if method not in (None, UNTUNED) else None
+    """What claims.yaml says, and whether a row was trained on the metric."""
     fields = ("group", "text", "source", "table", "left", "right", "metric", "eval_sets", "relation")
     declared = {field: getattr(claim, field) for field in fields}
     bound = bound_of(config, claim)
-    told = {"bound": bound, "is_training_reward": trained_on == claim.metric}
+    told = {"bound": bound, "is_training_reward": bool(rows_trained_on(config, declared))}
     return declared | told | {"paper": bears_out(claim, bound)}
+
+
+def rows_trained_on(config: Config, entry: dict) -> list[str]:
+    """Labels of the rows of a claim that were trained on its metric or a copy of it."""
+    methods = {row.label: row.method for row in config.table_entries[entry["table"]].all_rows}
+    labels = (entry["left"], entry["right"])
+    return [label for label in labels if trained_on(config, methods.get(label), entry["metric"])]
 
 
 # ---- as text ----
@@ -255,7 +267,7 @@ def _line(config: Config, entry: dict) -> dict:
         "bound": number(config, entry, entry["bound"]),
         "p": f"{entry['p_value']:.4f}",
         "Holm's p": f"{entry['p_value_holm']:.4f}",
-        "left wins": f"{entry['win_rate']:.1%}",
+        "left wins": f"{entry['win_rate']:.1%} of {unit(config.table_entries[entry['table']])}",
     }
 
 
@@ -265,16 +277,20 @@ def _details(config: Config, entry: dict) -> str:
     text = f"- `{entry['id']}` ({entry['source']}): {title} of {entry['left']} against {entry['right']} on {sets}"
     if entry["reason"]:
         return f"{text}; not measured: {entry['reason']}."
-    seeds = entry["training_seeds"]["left"]
-    text += f"; {entry['n']} pairs of images of {entry['prompts']} prompts; {len(seeds)} training seed(s)"
+    text += f"; {entry['n']} pairs of images of {entry['prompts']} prompts; {_seeds(entry)}"
     for seed, value in entry["estimate_by_training_seed"].items():
         text += f", seed {seed}: {number(config, entry, value)}"
     text += f"; scorer {entry['scorer']['digest']}"
-    if entry["is_training_reward"]:
-        text += f". {title} was the training reward of {entry['left']}, so this is no independent evidence"
+    if trained := rows_trained_on(config, entry):
+        text += f". {' and '.join(trained)}: trained on {title} or a copy of it, so this is no independent evidence"
     if entry["dropped"]:
         text += f". Images without a score: {entry['dropped']}"
     return f"{text}."
+
+
+def _seeds(entry: dict) -> str:
+    left, right = (len(entry["training_seeds"][side]) for side in ("left", "right"))
+    return f"{left} training seed(s)" + (f" on the left, {right} on the right" if left != right else "")
 
 
 def write(config: Config, results: Path) -> list[dict]:

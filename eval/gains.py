@@ -24,6 +24,7 @@ from eval.wins import by_prompt, mean_intervals
 from pso.entries import UNTUNED, Config, Row
 from pso.figures import Cost, short
 from pso.provenance import UserError, read_json
+from pso.trained_on import trained_on
 
 COUNTED = ("unet_forwards", "reward_queries", "gpu_hours")
 APART = 0.03  # of the axis: points of equal cost
@@ -146,6 +147,9 @@ def _told(config: Config, shown: Cost) -> list[str]:
     told.append("They do not cover the training seed.")
     if len(shown.tasks) * len(config.seeds) > 1:
         told.append("Costs are means over the runs of a row.")
-    rewards = {config.methods[row.method].reward for row in shown.rows if row.method != UNTUNED}
-    told += [f"{metric_title(config, m)} is the training reward of some rows." for m in shown.metrics if m in rewards]
+    told += [
+        f"Some rows were trained on {metric_title(config, metric)} or a copy of it."
+        for metric in shown.metrics
+        if any(trained_on(config, row.method, metric) for row in shown.rows)
+    ]
     return [*told, "UNet forwards: pictures through the network, the backward pass not counted."]

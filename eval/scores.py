@@ -219,9 +219,11 @@ def _means(scores: Scores, frame: pd.DataFrame) -> pd.Series:
 
 
 def pair(left: Scores, right: Scores, run_seed: int | None = None) -> pd.DataFrame:
-    """Columns prompt_id, subject, left, right: the same images on both sides. run_seed: of the left row only."""
+    """Columns prompt_id, subject, left, right: the same images on both sides. run_seed: of each row that has it."""
     check_same_scorer([left, right])
-    both = pd.concat({"left": per_image(left, run_seed), "right": per_image(right)}, axis=1)
+    sides = {"left": left, "right": right}
+    means = {side: per_image(s, run_seed if run_seed in s.run_seeds else None) for side, s in sides.items()}
+    both = pd.concat(means, axis=1)
     only_right, only_left = (int(both[side].isna().sum()) for side in ("left", "right"))
     if only_left or only_right:
         raise UserError(

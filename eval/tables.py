@@ -27,9 +27,10 @@ from eval.stats import mean_interval
 from eval.untuned import off, warning
 from pso import paths
 from pso.config import add_arguments, from_arguments
-from pso.entries import UNTUNED, Config, Row, TableEntry
+from pso.entries import Config, Row, TableEntry
 from pso.provenance import atomic, sentences
 from pso.runs import metric_missing
+from pso.trained_on import same_judge, trained_on
 
 COUNTS = ["num_prompts", "num_images", "num_runs"]
 DASH = "–"
@@ -123,7 +124,7 @@ def block(config: Config, name: str, lines: pd.DataFrame, metrics: list[str]) ->
     best = pd.DataFrame(False, index=cells.index, columns=cells.columns)
     for metric in metrics:
         texts = [printed(value, places.get(metric, 0)) for value in lines[metric]]  # 0: a column without numbers
-        marks = [_reward(config, method) == metric for method in lines["method"]]
+        marks = [trained_on(config, method, metric) for method in lines["method"]]
         cells[metric] = [t + TRAINED_ON if mark and t != DASH else t for t, mark in zip(texts, marks, strict=True)]
         values = pd.to_numeric(pd.Series(texts), errors="coerce")  # as printed, so that equal text is a tie
         best[metric] = values == best_of(config, metric, values)
@@ -147,11 +148,6 @@ def titles(config: Config, table: TableEntry, columns: list[str]) -> list[str]:
     return [metrics.get(column, column) for column in columns]
 
 
-def _reward(config: Config, method: str | None) -> str | None:
-    known = isinstance(method, str) and method != UNTUNED
-    return config.methods[method].reward if known else None
-
-
 def scale_sentence(config: Config) -> str:
     return f"Scale {config.scale}: {config.scale_entry.caption}"
 
@@ -159,13 +155,7 @@ def scale_sentence(config: Config) -> str:
 def notes(config: Config, table: TableEntry, frame: pd.DataFrame, of_runs: Sequence[str] = ()) -> list[str]:
     """What a reader has to know besides the caption: one sentence each. of_runs: eval.run_notes."""
     told = [scale_sentence(config)]
-    rewards: dict[str, list[str]] = {}
-    for row in table.shown_rows:
-        if reward := _reward(config, row.method):
-            rewards.setdefault(reward, []).append(row.label)
-    for metric, labels in rewards.items():
-        mark = f" ({TRAINED_ON})" if metric in all_metrics(table) else ""
-        told.append(f"{metric_title(config, metric)} was the training reward of {', '.join(labels)}{mark}.")
+    told += reward_notes(config, table)
     told.append("Bold: the best of a column within one eval set, as printed.")
     told += subject_notes(table)
     runs = frame["num_runs"].max()
@@ -181,6 +171,24 @@ def notes(config: Config, table: TableEntry, frame: pd.DataFrame, of_runs: Seque
     for line in frame[frame["dropped"] != ""].itertuples():
         told.append(f"Images without a score, {line.label} on {line.eval_set}: {line.dropped}.")
     return [*told, *of_runs]
+
+
+def reward_notes(config: Config, table: TableEntry) -> list[str]:
+    """What rows were trained on, and which columns are marked for it."""
+    rewards: dict[str, list[str]] = {}
+    for row in table.shown_rows:
+        method = config.methods.get(row.method)
+        if method is not None and method.reward is not None:
+            rewards.setdefault(method.reward, []).append(row.label)
+    told = []
+    for reward, labels in rewards.items():
+        columns = [metric for metric in all_metrics(table) if same_judge(config, reward, metric)]
+        marks = [TRAINED_ON] if reward in columns else []
+        if others := [metric_title(config, metric) for metric in columns if metric != reward]:
+            marks.append(f"{TRAINED_ON} in {', '.join(others)}: the same judge or a copy of it")
+        mark = f" ({'; '.join(marks)})" if marks else ""
+        told.append(f"{metric_title(config, reward)} was the training reward of {', '.join(labels)}{mark}.")
+    return told
 
 
 def subject_notes(table: TableEntry) -> list[str]:
@@ -200,6 +208,11 @@ def resampled(table: TableEntry) -> str:
         return "prompts"
     many = len(table.subjects) >= MANY_SUBJECTS
     return "subjects" if many else f"prompts within subjects, because there are fewer than {MANY_SUBJECTS}"
+
+
+def unit(table: TableEntry) -> str:
+    """What one row can be above another on."""
+    return "subjects" if resampled(table) == "subjects" else "prompts"
 
 
 def off_cells(config: Config, name: str, frame: pd.DataFrame) -> list[str]:

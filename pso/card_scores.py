@@ -15,6 +15,7 @@ from pso.hub import recorded
 from pso.paths import images_dir, reference_file, run_dir, scale_dir
 from pso.provenance import UserError
 from pso.runs import metric_missing
+from pso.trained_on import trained_on
 
 DIVERSITY = "diversity"
 ARROWS = {True: "↑", False: "↓"}
@@ -127,12 +128,11 @@ def _block(
             cells.append(Cell(metric, config.metrics[metric].title, value, other))
     if not cells:
         return
-    reward = config.methods[row.method].reward
     dropped = line["dropped"]
     yield Block(
         name, eval_set, recorded(config.datasets[eval_set])["repo"], row.steps, int(line["num_prompts"]),
         int(line["num_images"]), int(line["num_runs"]), len(table.subjects), cells,
-        markdown(config, cells, reward, row.label, before),
+        markdown(config, cells, row, before),
         [] if pd.isna(dropped) else [f"Pictures without a score on {eval_set}: {dropped}."],
         over(config, name, table, int(line["num_runs"])),
     )  # fmt: skip
@@ -153,11 +153,12 @@ def over(config: Config, name: str, table: TableEntry, num_runs: int) -> str:
     return told
 
 
-def markdown(config: Config, cells: list[Cell], reward: str | None, tuned: str, untuned: str | None) -> str:
+def markdown(config: Config, cells: list[Cell], row: Row, untuned: str | None) -> str:
+    signs = [" ‡" if trained_on(config, row.method, cell.metric) else "" for cell in cells]
     frame = pd.DataFrame(
         {
-            "": [f"{_arrow(config, cell.metric)}{cell.title}{' ‡' if cell.metric == reward else ''}" for cell in cells],
-            tuned: [printed(config, cell.metric, cell.tuned) for cell in cells],
+            "": [f"{_arrow(config, c.metric)}{c.title}{sign}" for c, sign in zip(cells, signs, strict=True)],
+            row.label: [printed(config, cell.metric, cell.tuned) for cell in cells],
             untuned or "untuned": [printed(config, cell.metric, cell.untuned) for cell in cells],
         }
     )

@@ -84,13 +84,15 @@ def check_entries(config: Config) -> None:
         check_table(config, name, table)
     for name, claim in config.claims.items():
         check_claim(config, name, claim)
+    for name, metric in config.metrics.items():
+        known(f"metrics.{name}.copy_of", metric.copy_of, config.metrics)
     for name, method in config.methods.items():
         known(f"methods.{name}.data", method.data, config.datasets)
         known(f"methods.{name}.reward", method.reward, config.metrics)
         known(f"methods.{name}.embeddings", method.embeddings, config.metrics)
         known(f"methods.{name}.tune.probe_reward", method.tune.probe_reward, config.metrics)
-        for metric in method.tune.probe_metrics:
-            known(f"methods.{name}.tune.probe_metrics", metric, config.metrics)
+        for probed in method.tune.probe_metrics:
+            known(f"methods.{name}.tune.probe_metrics", probed, config.metrics)
         check_judges(config, name, method)
         check_objective(name, method)
         check_source(config, name, method)

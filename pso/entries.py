@@ -142,6 +142,7 @@ class MetricEntry(Strict):
     checkpoint: Checkpoint | None = None
     head: Checkpoint | None = None
     architecture: Checkpoint | None = None  # the JSON file of the sizes that a bare state dict does not hold
+    copy_of: Name | None = None  # the metric that it was trained to agree with (pso/trained_on.py)
     only_scales: list[str] | None = None  # where the column can exist at all
 
     @property

@@ -276,7 +276,10 @@ def test_loss_of_diversity_is_said(tmp_path, paper):
 
 def test_a_training_reward_is_no_evidence(tmp_path, paper):
     text = made(paper, tmp_path, Run("preference", "sdxl_dmd2", "pso_online", 0))
-    assert "↑ PickScore ‡" in text and "‡ The training reward" in text and "trained to score high by PickScore" in text
+    assert "↑ PickScore ‡" in text and "‡ Judges as the training reward does" in text
+    assert "trained to score high by PickScore" in text
+    text = made(paper, tmp_path, Run("preference", "sdxl_dmd2", "spo_transplant", 0))  # on a copy of it
+    assert "↑ PickScore ‡" in text and text.count("‡") == 3 and "trained to score high by SPM (released)" in text
     assert "‡" not in made(paper, tmp_path)
 
 

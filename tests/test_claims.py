@@ -20,7 +20,10 @@ from synthetic import (
 )
 
 from eval.claims import bound_of, judge, judge_all, remark, to_markdown, write
+from eval.sections.claims import section
+from eval.sections.page import Context
 from eval.stats import Estimate
+from pso.entries import UNTUNED
 from pso.paths import run_dir, scores_file
 from pso.provenance import UserError
 
@@ -136,12 +139,57 @@ def test_training_seeds_are_told(tmp_path):
     cfg = config(seeds=[0, 1], claims=CLAIMS)
     found = {entry["id"]: entry for entry in judge_all(cfg, write_tree(cfg, tmp_path))}
     entry = found["online_above"]
-    assert entry["training_seeds"] == {"left": [0, 1], "right": [0]}
+    assert entry["training_seeds"] == {"left": [0, 1], "right": []}
     by_seed = entry["estimate_by_training_seed"]
     assert sum(by_seed.values()) / 2 == pytest.approx(entry["estimate"])
     assert entry["prompts"] == 2 * NUM_PROMPTS  # more runs are no more prompts
     assert entry["n"] == 2 * NUM_PROMPTS * NUM_SEEDS
-    assert "2 training seed(s), seed 0: +" in to_markdown(cfg, list(found.values()))
+    text = to_markdown(cfg, list(found.values()))
+    assert "2 training seed(s) on the left, 0 on the right, seed 0: +" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"right": NAIVE.label}, "; 2 training seed(s), seed 1: +"),
+        ({"left": "SDXL", "right": NAIVE.label}, "; 0 training seed(s) on the left, 2 on the right, seed 1: +"),
+    ],
+)
+def test_an_estimate_of_one_training_seed_is_of_that_seed_in_both_rows(tmp_path, changes, told):
+    cfg = config(seeds=[1, 2], claims={"one": claim(**changes)})
+    found = judge_all(cfg, write_tree(cfg, tmp_path))
+    left, right = (next(r for r in [*ROWS, NAIVE] if r.label == found[0][side]) for side in ("left", "right"))
+    for seed in (1, 2):
+        gaps = [
+            frame(left, e, "pick_score", 0 if left.method == UNTUNED else seed)["score"]
+            - frame(right, e, "pick_score", seed)["score"]
+            for e in EVAL_SETS
+        ]
+        by_hand = 100 * sum(gap.mean() for gap in gaps) / 2
+        assert found[0]["estimate_by_training_seed"][str(seed)] == pytest.approx(by_hand, rel=1e-9)
+    assert list(found[0]["estimate_by_training_seed"]) == ["1", "2"] and told in to_markdown(cfg, found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "labels"),
+    [
+        ({}, [ROWS[4].label]),
+        ({"left": "SDXL-DMD2", "right": ROWS[4].label, "relation": "below"}, [ROWS[4].label]),
+        ({"left": NAIVE.label, "right": ROWS[3].label}, [ROWS[3].label]),  # on a copy
+        ({"right": ROWS[3].label}, [ROWS[4].label, ROWS[3].label]),
+        ({"left": NAIVE.label}, []),
+        ({"metric": "clip_score"}, []),
+    ],
+)
+def test_a_claim_about_what_either_row_was_trained_on_is_no_evidence(tmp_path, changes, labels):
+    methods = config().methods | {"pso_offline": config().methods["pso_offline"].model_copy(update={"reward": "lite"})}
+    metrics = config().metrics | {"lite": metric("Lite", copy_of="pick_score")}
+    cfg = config(methods=methods, metrics=metrics, claims={"one": claim(**changes)})
+    (entry,) = write(cfg, write_tree(cfg, tmp_path))
+    assert entry["is_training_reward"] == bool(labels)
+    told = f"{' and '.join(labels)}: trained on PickScore or a copy of it, so"
+    for text in ((tmp_path / "miniature/claims.md").read_text(), section(Context(cfg, tmp_path))):
+        assert (told in text) == ("no independent evidence" in text) == bool(labels)
 
 
 def test_text_and_json_are_the_same(tmp_path):
@@ -155,7 +203,7 @@ def test_text_and_json_are_the_same(tmp_path):
     assert needed | {"interval", "p_value", "p_value_holm", "verdict"} <= set(found[0])
     assert "**9 claims: 4 holds, 3 fails, 2 inconclusive.**" in text
     assert "Scale miniature: a stand-in world" in text and "Holm's p < 0.05" in text
-    assert "PickScore was the training reward of Online-PSO w/ SDXL-DMD2, so this is no independent evidence" in text
+    assert "Online-PSO w/ SDXL-DMD2: trained on PickScore or a copy of it, so this is no independent evidence" in text
     for entry in found:
         assert f"`{entry['id']}`" in text
         if entry["estimate"] is None:
@@ -235,10 +283,13 @@ def test_subjects_are_what_decides_where_a_table_has_them(tmp_path):
             run = run_dir(cfg.scale, f"concept/{subject}", row.model, row.method, 0, tmp_path)
             path = scores_file(run, "parti_prompts", row.steps, "pick_score")
             write_scores(path, frame(row, "parti_prompts", "pick_score"), row, "parti_prompts", "pick_score")
-    entry = judge_all(cfg, tmp_path)[0]
+    entry = write(cfg, tmp_path)[0]
     assert (entry["n"], entry["prompts"]) == (10 * NUM_PROMPTS * NUM_SEEDS, 10 * NUM_PROMPTS)
     assert entry["p_value"] == pytest.approx(2 / 2**10)  # all 10 subjects are above
     assert entry["remark"] == "10 prompts or subjects cannot decide one of 85 claims"
+    assert "| 100.0% of subjects |" in (tmp_path / "miniature/claims.md").read_text()
+    page = section(Context(cfg, tmp_path))
+    assert "left above on 100.0% of subjects" in page and "% of prompts" not in page
 
 
 def test_a_claim_without_numbers_tells_why_beside_its_verdict(tmp_path):

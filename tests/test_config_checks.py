@@ -133,6 +133,11 @@ def test_pairs_of_a_folder_have_no_embeddings():
     )
 
 
+def test_a_metric_is_a_copy_only_of_one_that_there_is():
+    text = refusal(nested("metrics.spm_distilled.copy_of", "pick_scor"))
+    assert text == "metrics.spm_distilled.copy_of is 'pick_scor' (text), which has no entry; did you mean pick_score?"
+
+
 def test_a_probe_measures_only_metrics_that_there_are():
     text = refusal(nested("methods.pso_offline.tune.probe_metrics", ["sharpness", "sharpnes"]))
     assert text == (

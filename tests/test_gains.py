@@ -82,10 +82,11 @@ def test_costs_are_means_over_runs_and_gpu_hours_are_of_gpus_alone(tmp_path):
 def test_the_figure_shows_each_row_where_it_cost_and_scored(tmp_path):
     methods = built().methods | {
         "pso_online": MethodEntry.model_construct(
-            title="", module="pso.pso_online", data="", reward="pick_score", objective={}, tune=None
+            title="", module="pso.pso_online", data="", reward="lite", objective={}, tune=None
         )
     }
-    cfg = tree(tmp_path, built(methods=methods))
+    lite = built().metrics["pick_score"].model_copy(update={"title": "Lite", "copy_of": "pick_score"})
+    cfg = tree(tmp_path, built(methods=methods, metrics=built().metrics | {"lite": lite}))
     run_file(run_of(cfg, tmp_path, "pso_online"), unet_forwards=800, reward_queries=1234)
     shown = shown_of(cfg)
     frame = gains(cfg, tmp_path, shown)
@@ -102,7 +103,7 @@ def test_the_figure_shows_each_row_where_it_cost_and_scored(tmp_path):
     x = [x for x, _ in points.values()]
     assert x[2] == pytest.approx(800) and 90 < x[0] < 100 < x[1] < 111, "equal costs stand side by side"
     assert panel.get_xscale() == "log" and panel.get_lines()[-1].get_label() == "untuned"
-    assert "PickScore is the training reward of some rows." in drawn.caption
+    assert "Some rows were trained on PickScore or a copy of it." in drawn.caption
     assert drawn.caption.endswith("Scale miniature: a stand-in world.")
 
 

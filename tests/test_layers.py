@@ -81,6 +81,7 @@ TORCH_FREE = [
             "replacing",
             "figures",
             "rehearsal_data",
+            "trained_on",
         )
     ),
 ]

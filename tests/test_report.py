@@ -142,7 +142,7 @@ def test_best_and_marks_are_those_of_the_markdown(committed):
         grids = committed.one("section", id=f"table-{name}").all("table", of="cells")
         rows = [line for line in markdown.splitlines() if line.startswith("|")]
         assert sum(len(grid.all("strong")) for grid in grids) == sum(row.count("**") // 2 for row in rows)
-        assert sum(len(grid.all(title="the training reward of this row")) for grid in grids) == sum(
+        assert sum(len(grid.all(title="this row was trained on this judge or a copy of it")) for grid in grids) == sum(
             row.count("‡") for row in rows
         )
         labels = [th.text for th in grids[0].all("th", scope="row")]

@@ -20,7 +20,7 @@ from synthetic import EVAL_SETS, NUM_PROMPTS, config, frame, png, scores_path, t
 from eval import scores as reading
 from eval.sections import categories, curves, grids, wins
 from eval.sections.grids import SIDE, picture, prompts_that_fit
-from eval.sections.judges import judged
+from eval.sections.judges import judged, marked
 from eval.sections.page import Context
 from eval.stats import paired_difference, win_rate
 from eval.wins import mean_intervals
@@ -114,6 +114,12 @@ def test_every_picture_stands_with_the_scores_of_exactly_this_image(tmp_path):
                 assert float(change) == pytest.approx(scale * (scores - untuned)[prompt, 0], abs=0.51 * 10**-places)
                 assert change[0] in "+-"
     assert "those of seed 0" in text
+
+
+def test_a_row_that_was_trained_on_a_copy_of_a_metric_is_marked():
+    cfg = load({"scale": "miniature"})
+    row = next(row for row in cfg.table_entries["table1"].rows if row.method == "spo_transplant")
+    assert marked(cfg, row, "pick_score", "SPO") == "SPO ‡" and marked(cfg, row, "hps_v21", "SPO") == "SPO"
 
 
 def test_the_other_noise_or_training_seed_would_be_seen():

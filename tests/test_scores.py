@@ -40,6 +40,18 @@ def test_untuned_rows_have_one_run(tmp_path):
     assert read(cfg, tmp_path, ROWS[0]).run_seeds == [0]
 
 
+def test_a_pair_of_one_training_seed_is_of_that_seed_in_each_row_that_has_it(tmp_path):
+    cfg = config(seeds=[0, 1])
+    for row, seeds in ((ONLINE, (0, 1)), (ROWS[3], (0, 1)), (ROWS[2], (0,))):
+        for seed in seeds:
+            written(tmp_path, cfg, run_seed=seed, row=row)
+    online, offline, untuned = (read(cfg, tmp_path, row) for row in (ONLINE, ROWS[3], ROWS[2]))
+    both, half = pair(online, offline, 1), pair(untuned, online, 1)
+    assert both["left"].to_list() == pytest.approx((100 * frame(ONLINE, SET, METRIC, 1)["score"]).to_list())
+    assert both["right"].to_list() == pytest.approx((100 * frame(ROWS[3], SET, METRIC, 1)["score"]).to_list())
+    assert half["left"].to_list() == per_image(untuned).to_list() and half["right"].equals(both["left"].rename("right"))
+
+
 def test_files_are_read_once_and_rows_of_one_label_are_not_mixed_up(tmp_path):
     cfg = config()
     other = ROWS[0].model_copy(update={"label": ONLINE.label})  # as two tables may call different rows

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
@@ -10,8 +11,10 @@ import pytest
 from synthetic import EVAL_SETS, NAIVE, ROWS, config, frame, metric, scores_path, table, write_scores, write_tree
 
 from eval.tables import build, digits, escape_latex, main, to_latex, to_markdown, write
-from pso.entries import UNTUNED, Row
+from pso.config import load
+from pso.entries import UNTUNED, Checkpoint, Row
 from pso.provenance import UserError
+from pso.trained_on import same_judge, trained_on
 
 
 def blocks(markdown: str) -> list[list[list[str]]]:
@@ -80,6 +83,62 @@ def test_best_is_as_printed_and_follows_the_direction(tmp_path):
     for _, *lines in blocks(text):
         assert [line[0] for line in lines if "**" in line[2]] == ["SDXL", "SDXL-DMD2"]  # 22.00, a tie as printed
         assert [line[0] for line in lines if "**" in line[5]] == [f"† {NAIVE.label}"]  # lower is better
+
+
+# ---- what a row was trained on ----
+
+
+def test_a_row_is_marked_on_every_metric_that_judges_as_its_reward(tmp_path):
+    weights = Checkpoint(repo="someone/PickScore")
+    metrics = config().metrics | {
+        "pick_score": metric("PickScore", decimals=2, scale=100.0, checkpoint=weights),
+        "lite": metric("Lite", checkpoint=weights),
+    }
+    methods = config().methods | {"pso_offline": config().methods["pso_offline"].model_copy(update={"reward": "lite"})}
+    cfg = config(metrics=metrics, methods=methods)
+    text = to_markdown(cfg, "table1", build(cfg, write_tree(cfg, tmp_path), "table1"))
+    for _, *lines in blocks(text):
+        marked = {line[0]: [i for i, cell in enumerate(line) if "‡" in cell] for line in lines}
+        assert {label: cells for label, cells in marked.items() if cells} == {ROWS[3].label: [2], ROWS[4].label: [2]}
+    assert f"Lite was the training reward of {ROWS[3].label} (‡ in PickScore: the same judge or a copy of it)." in text
+    assert f"- PickScore was the training reward of {ROWS[4].label} (‡)." in text
+
+
+@pytest.mark.parametrize("scale", ["miniature", "paper"])
+def test_which_of_the_shipped_metrics_are_one_judge(scale):
+    cfg = load({"scale": scale})
+    judges = [
+        {"pick_score", "spm_lite", "spm_distilled", "spm_released"},
+        {"clip_score", "clip_score_aa", "clip_score_pil", "clip_t_h14"},  # a picture's and a text's cosine by ViT-H-14
+    ]
+    for one, other in combinations(cfg.metrics, 2):
+        assert same_judge(cfg, one, other) == any({one, other} <= judge for judge in judges), (one, other)
+    for method in ("pso_online", "spo", "spo_transplant", "spo_adapted"):
+        assert trained_on(cfg, method, "pick_score") and not trained_on(cfg, method, "clip_score")
+    assert not trained_on(cfg, "pso_offline", "pick_score") and not trained_on(cfg, UNTUNED, "pick_score")
+
+
+CLIP = Checkpoint(repo="someone/clip")
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({"settings": {"transform": "other"}, "module": "eval.metrics.other"}, True),
+        ({"checkpoint": CLIP.model_copy(update={"revision": "abc1234"})}, False),
+        ({"checkpoint": CLIP.model_copy(update={"revision": None})}, True),
+        ({"checkpoint": CLIP.model_copy(update={"file": "other.pt"})}, False),
+        ({"head": Checkpoint(repo="someone/aesthetics")}, False),  # a backbone is no judge
+        ({"compared_with": "pictures"}, False),
+        ({"checkpoint": None}, False),
+        ({"checkpoint": Checkpoint(repo="else/where"), "copy_of": "clip"}, True),
+    ],
+)
+def test_the_same_files_asked_the_same_are_one_judge(changes, same):
+    clip = metric("CLIP", checkpoint=CLIP.model_copy(update={"revision": "1234abc"}))
+    cfg = config(metrics={"clip": clip, "other": clip.model_copy(update=changes)})
+    assert same_judge(cfg, "clip", "other") == same_judge(cfg, "other", "clip") == same
+    assert not same_judge(cfg, "clip", "yet_to_come") and same_judge(cfg, "yet_to_come", "yet_to_come")
 
 
 @pytest.mark.parametrize("compared_with", ["untuned", "siblings"])

@@ -15,10 +15,12 @@ from eval.claims import (
     is_false,
     number,
     printed_cells,
+    rows_trained_on,
 )
 from eval.scores import metric_title
 from eval.sections.page import Context, render
 from eval.sections.tables import minus
+from eval.tables import unit
 
 TITLE = "Claims"
 WHY_NONE = "No claim has been judged yet; `snakemake --cores 2 claims` does it."
@@ -69,7 +71,7 @@ def _shown(context: Context, entry: dict) -> dict:
     shown |= {"kind": KINDS[entry["verdict"]], "why": entry["remark"] or entry["reason"]}
     shown |= {"metric": metric_title(config, entry["metric"]), "eval_sets": entry["eval_sets"]}
     shown |= {"paper": entry["paper"], "printed": printed_cells(entry) if entry["paper"]["cells"] else None}
-    shown |= {"is_training_reward": entry["is_training_reward"], "measured": entry["estimate"] is not None}
+    shown |= {"trained_on": rows_trained_on(config, entry), "measured": entry["estimate"] is not None}
     shown |= {"in_page": entry["table"] in config.tables}
     if entry["estimate"] is None:
         return shown
@@ -83,7 +85,7 @@ def _shown(context: Context, entry: dict) -> dict:
         "p_holm": f"{entry['p_value_holm']:.4f}",
         "n": entry["n"],
         "prompts": entry["prompts"],
-        "win_rate": f"{entry['win_rate']:.1%}",
+        "win_rate": f"{entry['win_rate']:.1%} of {unit(config.table_entries[entry['table']])}",
         "seeds": entry["training_seeds"],
         "by_seed": {seed: _text(config, entry, value) for seed, value in seeds},
         "scorer": entry["scorer"]["digest"],

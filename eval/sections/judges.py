@@ -1,8 +1,9 @@
-"""What sections about scores agree on: which metrics they show, and how they mark the training reward. No torch."""
+"""What sections about scores agree on: which metrics they show, how they mark what a row was trained on. No torch."""
 
 from eval.tables import TRAINED_ON
-from pso.entries import UNTUNED, Config, Row, TableEntry
+from pso.entries import Config, Row, TableEntry
 from pso.runs import metric_missing
+from pso.trained_on import trained_on
 
 BESIDE = ("hps_v21", "sharpness", "style")  # not in the paper's tables: another judge, and what changes in a picture
 
@@ -14,6 +15,5 @@ def judged(config: Config, table: TableEntry) -> list[str]:
 
 
 def marked(config: Config, row: Row, metric: str, label: str) -> str:
-    """The label, with a sign where the metric was the row's training reward."""
-    trained_on = row.method != UNTUNED and config.methods[row.method].reward == metric
-    return f"{label} {TRAINED_ON}" if trained_on else label
+    """The label, with a sign where the row was trained on the metric or a copy of it."""
+    return f"{label} {TRAINED_ON}" if trained_on(config, row.method, metric) else label

@@ -6,7 +6,7 @@ from markupsafe import Markup
 from eval.scores import metric_title, table_entry
 from eval.sections.judges import judged, marked
 from eval.sections.page import Context, render
-from eval.tables import TRAINED_ON, resampled
+from eval.tables import TRAINED_ON, resampled, unit
 from eval.wins import win_rates
 from pso.entries import UNTUNED, Config, Row, TableEntry
 from pso.figures import judges, short_labels
@@ -72,7 +72,7 @@ def section(context: Context) -> Markup | None:
             {
                 "name": name,
                 "caption": table.caption,
-                "unit": "subjects" if resampled(table) == "subjects" else "prompts",
+                "unit": unit(table),
                 "resampled": resampled(table),
                 "first": [_metric(context, name, metric) for metric in first],
                 "others": [_metric(context, name, metric) for metric in metrics if metric not in first],
