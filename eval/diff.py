@@ -6,6 +6,7 @@ Cell: the paper's number beside ours; only at scale `paper` is their difference 
 """
 
 import argparse
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ TEACHER = "sdxl"  # the undistilled model: its rows are no base
 VERDICTS = ("agrees", "disagrees", "inconclusive")
 CELL_VERDICTS = ("same", "higher", "lower")
 NOT_COMPARABLE = "not comparable"
+STALE = 1e-9  # how far, relatively, a mean may be from the same in another file: it is rounded nowhere
 NOT_MEASURED = ("missing", "not measured")  # how the verdict on what has no number begins
 DIRECTION_HEAD = ["Row", "Base", "Column", "Paper", "Ours", "95 % interval", "Verdict"]
 RULE = """\
@@ -151,6 +153,21 @@ def counts(entries: list[dict], verdicts: tuple[str, ...]) -> dict[str, int]:
     """How often each verdict was given, the possible ones first."""
     number = Counter(entry["verdict"] for entry in entries)
     return {verdict: number[verdict] for verdict in [*verdicts, *sorted(set(number) - set(verdicts))]}
+
+
+def stale(told: dict, frame: pd.DataFrame) -> list[str]:
+    """The cells where a {table}.diff.json says another mean of ours than its {table}.csv: it is older than the table.
+
+    Not those of rows that the paper does not have. Empty if none.
+    """
+    lines = {(line["eval_set"], line["label"]): line for line in frame.to_dict("records")}
+    found = []
+    for cell in told["cells"]:
+        value = lines.get((cell["eval_set"], cell["label"]), {}).get(cell["metric"])
+        known = [number for number in (cell["ours"], value) if pd.notna(number)]
+        if len(known) == 1 or (known and not math.isclose(*known, rel_tol=STALE)):
+            found.append(f"{cell['label']}, {cell['eval_set']}, {cell['metric']}")
+    return found
 
 
 def summary(found: dict) -> str:

@@ -4,11 +4,13 @@ import json
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 from synthetic import ROWS, config, frame, metric, scores_path, table, write_scores
 
-from eval.diff import base_label, compare_cell, diff, summary, to_markdown, write
+from eval.diff import base_label, compare_cell, diff, stale, summary, to_markdown, write
 from eval.paper import load_reference
+from eval.tables import write as write_table
 from pso.entries import Row
 from pso.paths import run_dir, scores_file
 from pso.provenance import UserError
@@ -105,6 +107,24 @@ def test_a_cell_says_what_is_ours_and_the_papers(tmp_path):
     assert low < entry["ours"] < high
     line = next(li for li in to_markdown(cfg, found).splitlines() if "| 23.07 " in li)
     assert f"| {by_hand:.3f} " in line and f"[{low:.3f}, {high:.3f}]" in line
+
+
+def test_a_diff_that_is_older_than_its_table_is_told_by_cell(tmp_path):
+    cfg = tree(tmp_path, {OFFLINE.label: 0.01})
+    write(cfg, tmp_path, "table1")
+    write_table(cfg, tmp_path, "table1")
+    path = tmp_path / "miniature/tables/table1.diff.json"
+    told, frame_of = json.loads(path.read_text()), pd.read_csv(path.with_name("table1.csv"))
+    assert stale(told, frame_of) == [], "rows that are missing in both among them"
+    here = (frame_of["eval_set"] == "parti_prompts") & (frame_of["label"] == OFFLINE.label)
+    place = f"{OFFLINE.label}, parti_prompts, pick_score"
+    for factor in (1 + 1e-8, np.nan):
+        changed = frame_of["pick_score"].mask(here, factor * frame_of["pick_score"])
+        assert stale(told, frame_of.assign(pick_score=changed)) == [place]
+    assert stale(told, frame_of[~here]) == [place, place.replace("pick_score", "clip_score")]
+    (cell,) = [c for c in told["cells"] if f"{c['label']}, {c['eval_set']}, {c['metric']}" == place]
+    cell["ours"] = None
+    assert stale(told, frame_of) == [place], "a row that has been measured since"
 
 
 def test_every_direction_is_in_the_text(tmp_path):
