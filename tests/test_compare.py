@@ -195,6 +195,30 @@ def test_a_table_older_than_its_scores_is_named_and_the_scores_count(one, other)
     assert "Out of date, B: tables/table1.csv" in " ".join(to_text(found).split())
 
 
+def test_a_number_without_an_interval_has_no_verdict(one, other):
+    cfg, folder = one
+    for path in (folder, other / "miniature"):
+        shutil.rmtree(path / "preference")
+    path = other / "miniature/tables/table1.csv"
+    frame_of = pd.read_csv(path)
+    here = (frame_of["label"] == ONLINE.label) & (frame_of["eval_set"] == "parti_prompts")
+    frame_of.loc[here, "pick_score_high"] = np.nan
+    frame_of.loc[here, "clip_score_low"] = -np.inf
+    frame_of.loc[here, "clip_score"] += 1  # in the table alone: its diff is left as it is
+    frame_of.to_csv(path, index=False)
+    found = compared(cfg, folder, other / "miniature")
+    cells = {e["metric"]: e for e in found["cells"]["cells"] if e["verdict"] is None}
+    assert {name: (e["difference"], e["interval"]) for name, e in cells.items()} == {
+        "pick_score": (0.0, None),
+        "clip_score": (pytest.approx(1.0), None),
+    }
+    assert cells["clip_score"]["b"]["interval"] is None and cells["clip_score"]["a"]["interval"] is not None
+    assert found["cells"]["not_judged"] == 2 and found["cells"]["counts"]["same"] == 10
+    told = f"No interval in A or in B, so without a verdict: {ONLINE.label}, PickScore (table1, parti_prompts)"
+    assert told in " ".join(to_text(found).split()) and '<span class="">no interval</span>' in to_html(found)
+    assert not compare.differs(found, "cells") and compare.differs(found, "anything")
+
+
 # ---- verdicts ----
 
 
