@@ -611,6 +611,50 @@ def test_a_table_of_an_old_form_is_a_sentence_and_a_copy_of_a_run_is_none(one, o
         opened(folder, other / "miniature")
 
 
+OLD_FORMS = [
+    ("tables/table1.diff.json", lambda told: told.pop("cells"), "has no `cells`.*`python -m eval.diff --table table1`"),
+    ("tables/table1.diff.json", lambda told: told["cells"][3].pop("ours"), r"has no `cells\.3\.ours`"),
+    (
+        "tables/table1.diff.json",
+        lambda told: told["directions"][0].update(interval=[0.1]),
+        r"`directions\.0\.interval`",
+    ),
+    ("claims.json", lambda told: told[0].pop("paper"), r"has no `0\.paper`.*`python -m eval\.claims` makes it anew"),
+    ("claims.json", lambda told: told[0].update(estimate="0.1"), r"`0\.estimate` is '0\.1'; expected another form"),
+    ("claims.json", lambda told: told[0].update(eval_sets="all"), r"`0\.eval_sets` is 'all'"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "said"), OLD_FORMS)
+def test_json_of_another_form_is_a_sentence(one, name, change, said):
+    _, folder = one
+    told = json.loads((folder / name).read_text())
+    change(told)
+    (folder / name).write_text(json.dumps(told))
+    with pytest.raises(UserError, match=rf"{name}.*{said}"):
+        read_tree(folder, "mine")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_runs": np.nan}, f"num_runs of {ONLINE.label}, pickapic_test is nan, but the row has numbers"),
+        ({"num_prompts": np.inf}, "num_prompts of .* is nan, .* expected a whole number from 1; delete it"),
+        ({"num_images": 0}, "num_images of .* is 0"),
+        ({"steps": 2.5}, "steps of .* is 2.5"),
+        ({"pick_score_low": "x"}, "has text in pick_score_low; expected numbers"),
+    ],
+)
+def test_a_table_that_no_row_can_be_read_of_is_a_sentence(one, change, said):
+    _, folder = one
+    path = folder / "tables/table1.csv"
+    frame_of = pd.read_csv(path).astype(dict.fromkeys(change, object))
+    frame_of.loc[frame_of["label"] == ONLINE.label, list(change)] = list(change.values())
+    frame_of.to_csv(path, index=False)
+    with pytest.raises(UserError, match=rf"table1\.csv.*{said}"):
+        read_tree(folder, "mine")
+
+
 def test_names_tell_trees_apart_and_nothing_more():
     assert names_of(Path("/a/b/results/smoke")) == ["results/smoke"]
     assert names_of(Path("/a/results/smoke"), Path("/b/results/smoke")) == ["a/results/smoke", "b/results/smoke"]
