@@ -235,6 +235,34 @@ def test_verdicts_that_changed(one, tmp_path):
     assert compare.differs(found, "verdicts")
 
 
+def test_a_diff_older_than_its_table_is_named_and_not_used(one, other):
+    cfg, folder = one
+    path = other / "miniature/tables/table1.csv"
+    shutil.copy(path, path.with_name("table4.csv"))
+    frame_of = pd.read_csv(path)
+    here = (frame_of["label"] == ONLINE.label) & (frame_of["eval_set"] == "parti_prompts")
+    frame_of.loc[here, "clip_score"] *= 1 + 1e-6
+    frame_of.to_csv(path, index=False)
+    diff_json = path.with_name("table1.diff.json")
+    told = json.loads(diff_json.read_text())
+    diff_json.write_text(json.dumps(told | {"directions": told["directions"][1:]}))  # 95 of 96: the rest are no change
+    found = compared(cfg, folder, other / "miniature")
+    (said,) = [line for line in found["directions"]["missing"] if "table1" in line]
+    assert said == (
+        "B (other/miniature): tables/table1.diff.json has other numbers than tables/table1.csv (1, the first of "
+        f"{ONLINE.label}, parti_prompts, clip_score), so one is older and nothing of tables/table1.diff.json is used; "
+        "`python -m eval.diff --table table1` makes it anew."
+    )
+    assert said in " ".join(to_text(found).split()) and "Directions: not compared." in to_text(found)
+    assert not compare.differs(found, "verdicts") and found["directions"]["only_in"] is None
+    with pytest.raises(UserError, match="has other numbers than .*`python -m eval.diff --table table1` makes it anew"):
+        asked(other, "paper")
+    diff_json.with_name("table4.diff.json").write_text(json.dumps(told))
+    found = asked(other, "paper")
+    assert {entry["table"] for entry in found["directions"]["entries"]} == {"table4"}
+    assert [note for note in found["notes"] if "table1" in note] == [said.replace("B (", "A (")]
+
+
 def test_a_claim_that_is_declared_otherwise_is_a_change(one, other):
     cfg, folder = one
     path = other / "miniature/claims.json"
