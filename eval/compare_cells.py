@@ -1,5 +1,6 @@
 """The cells of two trees' tables side by side. No torch."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -7,6 +8,7 @@ import pandas as pd
 
 from eval.compare_same import CODE, Obstacle, Told, obstacles, told_of, unchecked
 from eval.compare_trees import Tree
+from eval.diff import STALE
 from eval.scores import MANY_SUBJECTS, Scores, pair, units
 from eval.stats import Undefined, mean, mean_interval, paired_difference
 from pso.entries import Config
@@ -23,7 +25,6 @@ RULES = {
     "all": "Not corrected for the number of cells: of those that differ by chance alone up to one in twenty is called "
     "higher or lower. The training seed is not in the intervals.",
 }
-STALE = 1e-9  # how far, relatively, a table may be from its scores: it is rounded nowhere
 
 Key = tuple[str, str, str, str]  # table, eval_set, label, metric
 
@@ -33,7 +34,7 @@ class Side:
     """One tree's part of a cell."""
 
     value: float
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
     told: Told
     scores: Scores | None
     why: str | None  # there are no scores
@@ -91,7 +92,8 @@ class Cells:
                 self.unchecked[kind].setdefault(what, set()).add(key)
         entry = dict(zip(("table", "eval_set", "label", "metric"), key, strict=True))
         for name, side, line in (("a", a, left), ("b", b, right)):
-            entry[name] = None if side is None else {"value": side.value, "interval": list(side.interval)}
+            ends = None if side is None or side.interval is None else list(side.interval)
+            entry[name] = None if side is None else {"value": side.value, "interval": ends}
             entry[f"{name}_missing"] = None if side is not None else _why_missing(line)
         self.entries.append(entry | self._verdict(key, a, b))
 
@@ -101,12 +103,15 @@ class Cells:
             return None
         config = self.configs[tree.scale]
         scores, why = tree.scores(config, table, line, metric)
-        value, interval = float(line[metric]), (float(line[f"{metric}_low"]), float(line[f"{metric}_high"]))
+        value, interval = float(line[metric]), None
+        low, high = (float(line.get(f"{metric}_{end}", math.nan)) for end in ("low", "high"))
+        if math.isfinite(low) and math.isfinite(high):
+            interval = low, high
         if scores is not None:
             value, interval = self._of_scores(tree, key, scores, value, interval)
         return Side(value, interval, told_of(config, tree, table, line, metric, scores), scores, why)
 
-    def _of_scores(self, tree: Tree, key: Key, scores: Scores, value: float, interval: tuple) -> tuple:
+    def _of_scores(self, tree: Tree, key: Key, scores: Scores, value: float, interval: tuple | None) -> tuple:
         """The table's numbers; where they are not those of the scores, the scores' own, and a remark."""
         frame, over = scores.frame, units(scores.frame)
         try:
@@ -126,6 +131,7 @@ class Cells:
         return own.value, (own.low, own.high)
 
     def _verdict(self, key: Key, a: Side | None, b: Side | None) -> dict:
+        """How the two differ; the verdict is None where nothing tells how sure a number is."""
         found = {"difference": None, "interval": None, "rule": None, "why_not_paired": None, "equal": False}
         if a is None or b is None:
             return found | {"verdict": ONLY_B if a is None else ONLY_A}
@@ -140,6 +146,8 @@ class Cells:
             why = "; ".join(f"{side}: {reason}" for side, reason in sides.items() if reason)
         found |= {"rule": INTERVALS, "why_not_paired": why}
         found["equal"] = (a.value, a.interval) == (b.value, b.interval)
+        if a.interval is None or b.interval is None:
+            return found | {"verdict": None}
         meet = a.interval[0] <= b.interval[1] and b.interval[0] <= a.interval[1]
         return found | {"verdict": SAME if meet else HIGHER if found["difference"] > 0 else LOWER}
 
@@ -175,6 +183,7 @@ def section(cells: Cells) -> dict:
         "counts": counts,
         "equal": sum(e["equal"] for e in cells.entries),
         "compared": len(cells.entries),
+        "not_judged": sum(e["verdict"] is None for e in cells.entries),
         "in_neither": cells.in_neither,
         "by_rule": {rule: sum(e["rule"] == rule for e in cells.entries) for rule in (PAIRED, INTERVALS)},
         "rules": [RULES[rule] for rule in RULES if rule in rules or rule == "all"],

@@ -29,9 +29,11 @@ ORDER = ("disagrees", "agrees", "inconclusive")
 
 def against_paper(tree: Tree, side: str) -> dict:
     """The sections of a comparison with the paper."""
+    old = [tree.why_no_directions(table, side) for table in tree.stale]
     if not tree.diffs:
         raise UserError(
-            f"{side} ({tree.name}) has no tables/*.diff.json; `python -m eval.diff --table table1` makes one, "
+            " ".join(old)
+            or f"{side} ({tree.name}) has no tables/*.diff.json; `python -m eval.diff --table table1` makes one, "
             "`snakemake --cores 2` all."
         )
     held = all(diff["comparable"] for diff in tree.diffs.values())
@@ -41,7 +43,7 @@ def against_paper(tree: Tree, side: str) -> dict:
     directions.sort(key=lambda e: [*ORDER, "missing"].index(e["kind"]))
     found = {
         "held": held,
-        "notes": [UNKNOWN_SCORERS if held else NO_CELLS.format(scale=tree.scale), *_absent(tree)],
+        "notes": [UNKNOWN_SCORERS if held else NO_CELLS.format(scale=tree.scale), *old, *_absent(tree)],
         "directions": {"counts": counts(_short(directions), VERDICTS), "rule": RULE, "entries": directions},
         "claims": _claims(tree),
         "cells": None,
@@ -89,6 +91,8 @@ def _absent(tree: Tree) -> list[str]:
     found = []
     for name in sorted(path.stem for path in REFERENCE.glob("*.csv")):
         printed = _printed(name)
+        if name in tree.stale:
+            continue
         if name not in tree.diffs:
             found.append(f"{name}, {len(printed)} cells of the paper, is not in the tree, or was not asked for.")
             continue

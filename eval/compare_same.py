@@ -71,7 +71,7 @@ def _protocol(config: Config, tree: Tree, line: pd.Series, task: str, scores: Sc
         found |= {f"{eval_set}: eval seed": int(seeds.min()), f"{eval_set}: prompt ids": digest(prompts)}
         images = sorted(map(list, images[IMAGE].astype(str).to_numpy()))
         found[f"{eval_set}: {SCORED}"] = f"{len(images)} ({digest(images)})"
-    elif pd.notna(line["num_prompts"]):
+    else:
         prompts = int(line["num_prompts"])
         images = math.ceil(line["num_images"] / (prompts * line["num_runs"]))  # some may have no score
         found |= {f"{eval_set}: prompts": prompts, f"{eval_set}: images per prompt": images}
@@ -84,8 +84,8 @@ def _sampling(tree: Tree, line: pd.Series, task: str) -> dict[str, Any]:
     records = [tree.record(line, task, "images"), *(r for path, r in tree.records.items() if path.startswith(runs))]
     for record in records:
         if entry := record.get("config", {}).get("model", {}).get(line["model"]):
-            grid = entry["grids"].get(str(line["steps"]))
-            return {field: entry[field] for field in SAMPLING if field in entry} | {"grid": grid}
+            told = {field: entry[field] for field in SAMPLING if field in entry}
+            return told | ({"grid": entry["grids"].get(str(line["steps"]))} if "grids" in entry else {})
     return {}
 
 

@@ -18,6 +18,7 @@ from pso.templates import environment
 WIDTH = 100
 MOST_CELLS = 40  # of the text; the page and the JSON have all
 MOST_RECORDS = 2  # that are named beside a change in the text
+MOST_NAMED = 3  # cells without an interval that are named
 ONLY_NUMBERS = "Costs, times and last losses are not compared."
 PAPER_DIRECTION = ["Row", "Base", "Column", "Paper", "Ours", "95 % interval"]
 PAPER_CELL = ["Row", "Column", "Paper", "Ours", "95 % interval", "Difference"]
@@ -61,11 +62,19 @@ def strength(entry: dict) -> float:
 
 def moved(found: dict) -> list[dict]:
     """Cells that are higher, lower or in one tree only, the clearest first."""
-    return sorted((e for e in found["cells"]["cells"] if e["verdict"] != "same"), key=strength, reverse=True)
+    return sorted((e for e in found["cells"]["cells"] if e["verdict"] not in (SAME, None)), key=strength, reverse=True)
 
 
 def _changed_but_same(found: dict) -> list[dict]:
     return [e for e in found["cells"]["cells"] if e["verdict"] == SAME and not e["equal"]]
+
+
+def _not_judged(found: dict) -> list[str]:
+    """A sentence on cells without an interval."""
+    cells = [e for e in found["cells"]["cells"] if e["verdict"] is None]
+    named = [f"{e['label']}, {title(found, e)} ({e['table']}, {e['eval_set']})" for e in cells[:MOST_NAMED]]
+    named += [f"{len(cells) - MOST_NAMED} more"] if len(cells) > MOST_NAMED else []
+    return [f"No interval in A or in B, so without a verdict: {listed(named)}."] if cells else []
 
 
 def cell_line(found: dict, e: dict) -> str:
@@ -133,7 +142,7 @@ def notes(found: dict) -> list[str]:
     if found["kind"] == "paper":
         return [*found["notes"], *(f"Claims: {line}" for line in found["claims"]["missing"])]
     told = [*found["directions"]["missing"], *found["claims"]["missing"], *_other_family(found["claims"])]
-    told += found["config"]["missing"]
+    told += [*_not_judged(found), *found["config"]["missing"]]
     told += [f"Left out: {sentence(group)}." for group in found["left_out"]["because"]]
     if despite := [group["what"].removeprefix("scorer of ") for group in found["despite"]]:
         told.append(f"Compared although the code of the scorer is another: {listed(despite)} (--json has the hashes).")

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pandas as pd
 
+from eval.compare_forms import metrics_of, read_claims, read_diff, read_table
+from eval.diff import stale
 from eval.scores import Scores, pooled, read_file
 from pso import paths
 from pso.entries import Config
 from pso.provenance import UserError, read_json
 
 RECORDS = ("*/**/run.json", "*/**/images.json", "*/**/scores.json", "hub/*.json")
-COLUMNS = ("eval_set", "label", "model", "method", "steps", "num_prompts", "num_images", "num_runs")
 EXPECTED = "the folder of a scale (results/miniature), of all results (results), or the word paper"
 
 
@@ -27,7 +28,8 @@ class Tree:
     scale: str
     caption: str | None  # of the scale, as its texts have it
     tables: dict[str, pd.DataFrame]  # {table}.csv
-    diffs: dict[str, dict]  # {table}.diff.json
+    diffs: dict[str, dict]  # {table}.diff.json, but for those that are stale
+    stale: dict[str, list[str]]  # table -> cells of which its diff.json tells another number than its csv
     claims: dict[str, dict] | None  # by id
     judged: dict[str, int]  # of all its claims, of other tables too: declared, measured
     records: dict[str, dict]  # by path
@@ -37,8 +39,19 @@ class Tree:
         return self.records.get(f"{paths.root_of(task)}/{line['model']}/{what}.json", {})
 
     def metrics(self, table: str) -> list[str]:
-        columns = self.tables[table].columns
-        return [column for column in columns if {f"{column}_low", f"{column}_high"} <= set(columns)]
+        return metrics_of(self.tables[table])
+
+    def why_no_directions(self, table: str, side: str) -> str | None:
+        """A sentence, where there is no {table}.diff.json that goes with the table."""
+        file, again = f"tables/{table}.diff.json", f"`python -m eval.diff --table {table}`"
+        if cells := self.stale.get(table):
+            return (
+                f"{side} ({self.name}): {file} has other numbers than tables/{table}.csv ({len(cells)}, the first of "
+                f"{cells[0]}), so one is older and nothing of {file} is used; {again} makes it anew."
+            )
+        if table not in self.diffs:
+            return f"{side} ({self.name}) has no {file}, so its directions are not known; {again} makes it."
+        return None
 
     def scores(self, config: Config, table: str, line: pd.Series, metric: str) -> tuple[Scores | None, str | None]:
         """A row's scores of every image in the unit that tables print; or why there are none."""
@@ -113,17 +126,20 @@ def read_tree(folder: Path, name: str, tables: list[str] | None = None, side: st
     for pattern in RECORDS:
         for path in sorted(folder.glob(pattern)):
             content = read_json(path)
-            if "schema_version" in content:  # hub/ has files of the published repositories too
+            if isinstance(content, dict) and "schema_version" in content:  # hub/ has others' files too
                 records[str(path.relative_to(folder))] = content
-    found = {table: read_json(path) for table, path in diffs.items() if path.exists()}
-    judged = read_json(claims) if claims.exists() else None
+    found = {table: read_diff(path) for table, path in diffs.items() if path.exists()}
+    frames = {table: read_table(path) for table, path in wanted.items()}
+    old = {table: cells for table, told in found.items() if (cells := stale(told, frames[table]))}
+    judged = read_claims(claims) if claims.exists() else None
     return Tree(
         folder=folder,
         name=name,
         scale=_scale(folder, found, records),
         caption=_caption(folder),
-        tables={table: _csv(path) for table, path in wanted.items()},
-        diffs=found,
+        tables=frames,
+        diffs={table: told for table, told in found.items() if table not in old},
+        stale=old,
         claims=None if judged is None else {claim["id"]: claim for claim in judged if claim["table"] in wanted},
         judged={
             "declared": len(judged or ()),
@@ -131,17 +147,6 @@ def read_tree(folder: Path, name: str, tables: list[str] | None = None, side: st
         },
         records=records,
     )
-
-
-def _csv(path: Path) -> pd.DataFrame:
-    try:
-        frame = pd.read_csv(path)
-    except ValueError as error:  # pandas' own errors are such
-        raise UserError(f"{path} is no table ({error}); delete it and run `snakemake --cores 2` again.") from None
-    absent = [column for column in COLUMNS if column not in frame]
-    if absent:
-        raise UserError(f"{path} lacks {', '.join(absent)}; delete it and run `snakemake --cores 2` again.")
-    return frame
 
 
 def _scale(folder: Path, diffs: dict[str, dict], records: dict[str, dict]) -> str:

@@ -16,7 +16,8 @@ DECLARED = ("table", "left", "right", "metric", "eval_sets", "relation", "bound"
 
 def directions(a: Tree, b: Tree, left_out: set[Key]) -> dict:
     """The section `directions`: those whose verdict changed."""
-    found = {"a": _directions(a), "b": _directions(b)}
+    old = {*a.stale, *b.stale}  # of these neither tree's are compared: one is not known, and that is no difference
+    found = {"a": _directions(a, old), "b": _directions(b, old)}
 
     def is_out(entry: dict) -> bool:
         places = [
@@ -32,11 +33,10 @@ def directions(a: Tree, b: Tree, left_out: set[Key]) -> dict:
         return {key: entry[key] for key in ("table", "eval_set", "label", "base", "metric")}
 
     missing = [
-        f"{side} ({tree.name}) has no tables/{table}.diff.json, so its directions are not known; "
-        f"`python -m eval.diff --table {table}` makes it."
+        why
         for side, tree in (("A", a), ("B", b))
         for table in tree.tables
-        if reference_file(table).exists() and table not in tree.diffs
+        if reference_file(table).exists() and (why := tree.why_no_directions(table, side))
     ]
     return _section(found["a"], found["b"], is_out, about, told) | {"missing": missing}
 
@@ -65,10 +65,11 @@ def claims(a: Tree, b: Tree, left_out: set[Key]) -> dict:
     return found | {"missing": missing, "judged": {"a": a.judged, "b": b.judged}}
 
 
-def _directions(tree: Tree) -> dict[tuple, dict]:
+def _directions(tree: Tree, without: set[str]) -> dict[tuple, dict]:
     return {
         (name, entry["eval_set"], entry["label"], entry["metric"]): {"table": name, **entry}
         for name, diff in tree.diffs.items()
+        if name not in without
         for entry in diff["directions"]
     }
 

@@ -112,7 +112,7 @@ def printed(value: float, places: int) -> str:
 def digits(least: int, interval: list[float]) -> int:
     """Decimals that show an interval's width with two figures, so that no clear difference reads 0."""
     width = interval[1] - interval[0]
-    return least if width <= 0 else max(least, min(1 - math.floor(math.log10(width)), 8))
+    return max(least, min(1 - math.floor(math.log10(width)), 8)) if 0 < width < math.inf else least
 
 
 def block(config: Config, name: str, lines: pd.DataFrame, metrics: list[str]) -> tuple[pd.DataFrame, pd.DataFrame]:

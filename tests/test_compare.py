@@ -195,6 +195,30 @@ def test_a_table_older_than_its_scores_is_named_and_the_scores_count(one, other)
     assert "Out of date, B: tables/table1.csv" in " ".join(to_text(found).split())
 
 
+def test_a_number_without_an_interval_has_no_verdict(one, other):
+    cfg, folder = one
+    for path in (folder, other / "miniature"):
+        shutil.rmtree(path / "preference")
+    path = other / "miniature/tables/table1.csv"
+    frame_of = pd.read_csv(path)
+    here = (frame_of["label"] == ONLINE.label) & (frame_of["eval_set"] == "parti_prompts")
+    frame_of.loc[here, "pick_score_high"] = np.nan
+    frame_of.loc[here, "clip_score_low"] = -np.inf
+    frame_of.loc[here, "clip_score"] += 1  # in the table alone: its diff is left as it is
+    frame_of.to_csv(path, index=False)
+    found = compared(cfg, folder, other / "miniature")
+    cells = {e["metric"]: e for e in found["cells"]["cells"] if e["verdict"] is None}
+    assert {name: (e["difference"], e["interval"]) for name, e in cells.items()} == {
+        "pick_score": (0.0, None),
+        "clip_score": (pytest.approx(1.0), None),
+    }
+    assert cells["clip_score"]["b"]["interval"] is None and cells["clip_score"]["a"]["interval"] is not None
+    assert found["cells"]["not_judged"] == 2 and found["cells"]["counts"]["same"] == 10
+    told = f"No interval in A or in B, so without a verdict: {ONLINE.label}, PickScore (table1, parti_prompts)"
+    assert told in " ".join(to_text(found).split()) and '<span class="">no interval</span>' in to_html(found)
+    assert not compare.differs(found, "cells") and compare.differs(found, "anything")
+
+
 # ---- verdicts ----
 
 
@@ -209,6 +233,34 @@ def test_verdicts_that_changed(one, tmp_path):
     assert found["directions"]["transitions"] == {"agrees -> disagrees": 3, "disagrees -> agrees": 1}
     assert {e["label"] for e in found["directions"]["changed"]} == {ONLINE.label}
     assert compare.differs(found, "verdicts")
+
+
+def test_a_diff_older_than_its_table_is_named_and_not_used(one, other):
+    cfg, folder = one
+    path = other / "miniature/tables/table1.csv"
+    shutil.copy(path, path.with_name("table4.csv"))
+    frame_of = pd.read_csv(path)
+    here = (frame_of["label"] == ONLINE.label) & (frame_of["eval_set"] == "parti_prompts")
+    frame_of.loc[here, "clip_score"] *= 1 + 1e-6
+    frame_of.to_csv(path, index=False)
+    diff_json = path.with_name("table1.diff.json")
+    told = json.loads(diff_json.read_text())
+    diff_json.write_text(json.dumps(told | {"directions": told["directions"][1:]}))  # 95 of 96: the rest are no change
+    found = compared(cfg, folder, other / "miniature")
+    (said,) = [line for line in found["directions"]["missing"] if "table1" in line]
+    assert said == (
+        "B (other/miniature): tables/table1.diff.json has other numbers than tables/table1.csv (1, the first of "
+        f"{ONLINE.label}, parti_prompts, clip_score), so one is older and nothing of tables/table1.diff.json is used; "
+        "`python -m eval.diff --table table1` makes it anew."
+    )
+    assert said in " ".join(to_text(found).split()) and "Directions: not compared." in to_text(found)
+    assert not compare.differs(found, "verdicts") and found["directions"]["only_in"] is None
+    with pytest.raises(UserError, match="has other numbers than .*`python -m eval.diff --table table1` makes it anew"):
+        asked(other, "paper")
+    diff_json.with_name("table4.diff.json").write_text(json.dumps(told))
+    found = asked(other, "paper")
+    assert {entry["table"] for entry in found["directions"]["entries"]} == {"table4"}
+    assert [note for note in found["notes"] if "table1" in note] == [said.replace("B (", "A (")]
 
 
 def test_a_claim_that_is_declared_otherwise_is_a_change(one, other):
@@ -585,6 +637,50 @@ def test_a_table_of_an_old_form_is_a_sentence_and_a_copy_of_a_run_is_none(one, o
     pd.read_csv(path).drop(columns="num_prompts").to_csv(path, index=False)
     with pytest.raises(UserError, match=r"table1\.csv lacks num_prompts; delete it and run `snakemake"):
         opened(folder, other / "miniature")
+
+
+OLD_FORMS = [
+    ("tables/table1.diff.json", lambda told: told.pop("cells"), "has no `cells`.*`python -m eval.diff --table table1`"),
+    ("tables/table1.diff.json", lambda told: told["cells"][3].pop("ours"), r"has no `cells\.3\.ours`"),
+    (
+        "tables/table1.diff.json",
+        lambda told: told["directions"][0].update(interval=[0.1]),
+        r"`directions\.0\.interval`",
+    ),
+    ("claims.json", lambda told: told[0].pop("paper"), r"has no `0\.paper`.*`python -m eval\.claims` makes it anew"),
+    ("claims.json", lambda told: told[0].update(estimate="0.1"), r"`0\.estimate` is '0\.1'; expected another form"),
+    ("claims.json", lambda told: told[0].update(eval_sets="all"), r"`0\.eval_sets` is 'all'"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "said"), OLD_FORMS)
+def test_json_of_another_form_is_a_sentence(one, name, change, said):
+    _, folder = one
+    told = json.loads((folder / name).read_text())
+    change(told)
+    (folder / name).write_text(json.dumps(told))
+    with pytest.raises(UserError, match=rf"{name}.*{said}"):
+        read_tree(folder, "mine")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_runs": np.nan}, f"num_runs of {ONLINE.label}, pickapic_test is nan, but the row has numbers"),
+        ({"num_prompts": np.inf}, "num_prompts of .* is nan, .* expected a whole number from 1; delete it"),
+        ({"num_images": 0}, "num_images of .* is 0"),
+        ({"steps": 2.5}, "steps of .* is 2.5"),
+        ({"pick_score_low": "x"}, "has text in pick_score_low; expected numbers"),
+    ],
+)
+def test_a_table_that_no_row_can_be_read_of_is_a_sentence(one, change, said):
+    _, folder = one
+    path = folder / "tables/table1.csv"
+    frame_of = pd.read_csv(path).astype(dict.fromkeys(change, object))
+    frame_of.loc[frame_of["label"] == ONLINE.label, list(change)] = list(change.values())
+    frame_of.to_csv(path, index=False)
+    with pytest.raises(UserError, match=rf"table1\.csv.*{said}"):
+        read_tree(folder, "mine")
 
 
 def test_names_tell_trees_apart_and_nothing_more():

@@ -1,5 +1,6 @@
 """The paper's tables from made-up scores: numbers, order, marks, reasons, LaTeX."""
 
+import math
 import re
 import subprocess
 import sys
@@ -229,6 +230,7 @@ def test_digits_show_the_width_of_an_interval():
     assert digits(1, [-0.00034, -0.00012]) == 5
     assert digits(3, [1.0, 1.0]) == 3
     assert digits(3, [0.0, 1e-30]) == 8
+    assert [digits(3, ends) for ends in ([math.nan, 1.0], [0.0, math.inf], [math.nan] * 2)] == [3, 3, 3]
 
 
 def test_escape_latex():
