@@ -499,6 +499,42 @@ def test_committed_files_tell_scorers_by_their_claims(one, other):
         compared(cfg, folder, other / "miniature")
 
 
+OTHER = {"scorer": {"spec": {"name": "pick_score", "sha256": "9" * 64}}}
+SDXL = {"left": "SDXL", "right": "SDXL"}  # a row without numbers
+HALF = "0000000000000000... in some claims of B and 9999999999999999... in others"
+WHOLE = "0000000000000000... in A and 9999999999999999... in B"
+
+
+@pytest.mark.parametrize(
+    ("mine", "more", "said", "labels"),
+    [
+        ({}, OTHER, HALF, "all rows of table1"),  # as its table has both, the third row's scorer is not known either
+        ({}, {**OTHER, **SDXL}, HALF, f"table1: {OFFLINE.label}"),  # the others have claims of their own
+        ({}, {**OTHER, **SDXL, "left": OFFLINE.label}, WHOLE, f"table1: {OFFLINE.label}"),
+        ({"table": "table2"}, {**OTHER, "table": "table3"}, HALF, "all rows of table1"),
+        ({}, {**OTHER, "table": "table2"}, None, None),  # the table's own claims tell its scorer
+    ],
+)
+def test_a_tree_that_was_scored_again_in_part_is_refused(one, other, mine, more, said, labels):
+    cfg, folder = one
+    (claim,) = json.loads((folder / "claims.json").read_text())
+    claim |= mine
+    for tree_of, judged in ((folder, [claim]), (other / "miniature", [claim, {**claim, **more, "id": "again"}])):
+        (tree_of / "claims.json").write_text(json.dumps(judged))
+        shutil.rmtree(tree_of / "preference")
+    if said is None:
+        assert compared(cfg, folder, other / "miniature")["cells"]["equal"] == 12
+        return
+    with pytest.raises(UserError) as refusal:
+        compared(cfg, folder, other / "miniature")
+    assert f"scorer of pick_score: sha256 is {said} ({labels})" in str(refusal.value)
+    assert ("judge the claims of B anew (`python -m eval.claims`)" in str(refusal.value)) == (said == HALF)
+    found = compared(cfg, folder, other / "miniature", skip=True)
+    out = 6 if "all" in labels else 2
+    assert found["left_out"]["cells"] == out and found["cells"]["equal"] == 12 - out
+    assert "pick_score" not in found["unchecked"]["scorer"]["what"]
+
+
 # ---- against the paper ----
 
 
@@ -690,5 +726,12 @@ def test_names_tell_trees_apart_and_nothing_more():
 
 
 def test_rows_that_are_concerned_are_named():
-    group = {"what": "protocol", "field": "grid", "a": None, "b": [1], "rows": {"table1": "all", "table2": ["X", "Y"]}}
+    group = {
+        "what": "protocol",
+        "field": "grid",
+        "a": None,
+        "b": [1],
+        "within": None,
+        "rows": {"table1": "all", "table2": ["X", "Y"]},
+    }
     assert sentence(group) == "protocol: grid is nothing in A and [1] in B (all rows of table1; table2: X, Y)"
