@@ -644,6 +644,64 @@ def test_exit_codes_and_files(one, other, tmp_path):
     assert refused.returncode == 2 and refused.stdout == "" and "eval.compare: 1 of 12 cells" in refused.stderr
 
 
+def test_trees_of_which_all_is_left_out_are_not_said_to_agree(one, other):
+    cfg, folder = one
+    for row in EXISTING.values():
+        for eval_set in EVAL_SETS:
+            for metric in METRICS:
+                rewrite(cfg, other, row, eval_set, metric, spec={"name": "another"})
+    words = folder, finished(cfg, other), "--skip-incomparable", "--fail-on"
+    for kind in ("verdicts", "cells"):
+        with pytest.raises(UserError, match=f"nothing of what --fail-on {kind} names could be compared") as refusal:
+            asked(*words, kind)
+        for line in (
+            "Directions: 88 compared (none measured in both), 8 left out",
+            "Claims: none compared, 1 left out",
+        ):
+            assert line in str(refusal.value)
+        assert ("Cells: none compared" in str(refusal.value)) == (kind == "cells")
+        assert "Left out: scorer of clip_score: name is clip_score in A and another in B" in str(refusal.value)
+    assert asked(*words, "anything")["differs"], "a scorer is of what it names"
+    found = asked(*words, "nothing")
+    assert not found["differs"] and found["left_out"]["cells"] == 12
+    text = to_text(found)
+    assert "Cells: none compared" in text and "--fail-on nothing: exit code 0, whatever was found" in text
+    refused = command(*words, "cells")
+    assert refused.returncode == 2 and refused.stdout == ""
+
+
+def test_tables_alone_have_no_verdicts_to_agree_on(one, other):
+    cfg, folder = one
+    for tree_of in (folder, other / "miniature"):
+        for name in ("tables/table1.diff.json", "claims.json"):
+            (tree_of / name).unlink()
+    with pytest.raises(
+        UserError, match="(?s)--fail-on verdicts names.*Directions: not compared.*`python -m eval.claims`"
+    ):
+        asked(folder, other, "--fail-on", "verdicts")
+    assert not asked(folder, other, "--fail-on", "cells")["differs"]
+    path = folder / "tables/table1.csv"
+    columns = [f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")]
+    pd.read_csv(path).assign(**dict.fromkeys(columns)).to_csv(path, index=False)
+    shutil.copy(path, other / "miniature/tables/table1.csv")
+    for kind in ("cells", "anything"):
+        with pytest.raises(UserError, match="Cells: none compared; [0-9]+ more have a number in neither"):
+            asked(folder, other, "--fail-on", kind)
+
+
+def test_what_was_not_measured_is_not_said_to_agree_with_the_paper(one):
+    cfg, folder = one
+    path = folder / "tables/table1.diff.json"
+    told = json.loads(path.read_text())
+    for entry in told["directions"]:
+        entry |= {"difference": None, "interval": None, "verdict": "missing: not built yet"}
+    path.write_text(json.dumps(told))
+    assert compare.num_compared(asked(folder, "paper"), "cells") == 1, "its claim"
+    (folder / "claims.json").unlink()
+    with pytest.raises(UserError, match="--fail-on cells names could be compared(?s:.*)Directions: 96 missing"):
+        asked(folder, "paper")
+
+
 def test_which_folder_is_meant(one, other, tmp_path):
     cfg, folder = one
     make(tmp_path / "one", records=False, scale="smoke")
