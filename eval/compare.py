@@ -6,8 +6,10 @@ A and B: the folder of a scale (results/miniature), of all results (results, wit
 the word `paper` (eval/reference). Trees that hold only tables, diffs and claims will do. Differences are B - A, or
 ours - the paper's.
 
-Refused is what was not measured alike: other scorers, other prompts, noise or sampling. Exit code: 0 no difference of
-the kind that --fail-on names, 1 there is one, 2 not comparable, or another error. No torch.
+Refused is what was not measured alike: other scorers (or two of one row in a tree), other prompts, noise or sampling.
+A {table}.diff.json with other numbers than its {table}.csv is named and not used. Exit code: 0 no difference of the
+kind that --fail-on names, 1 there is one, 2 not comparable, or nothing of that kind could be compared, or another
+error. No torch.
 """
 
 import argparse
@@ -16,11 +18,11 @@ import signal
 import sys
 from pathlib import Path
 
-from eval.compare_cells import HIGHER, LOWER, ONLY_A, ONLY_B, Cells, section
+from eval.compare_cells import HIGHER, LOWER, ONLY_A, ONLY_B, SAME, Cells, section
 from eval.compare_config import changes
 from eval.compare_paper import DISAGREES, against_paper
 from eval.compare_same import DESPITE_CODE, SKIP, grouped, refusal
-from eval.compare_text import to_html, to_text
+from eval.compare_text import ANYTHING, CELLS, KINDS, NOTHING, VERDICTS, nothing_compared, to_html, to_text
 from eval.compare_trees import Tree, folder_of, names_of, read_tree
 from eval.compare_verdicts import claims, directions
 from eval.scores import metric_title
@@ -30,7 +32,6 @@ from pso.entries import Config
 from pso.provenance import UserError, atomic, sentences
 
 PAPER = "paper"
-NOTHING, VERDICTS, CELLS, ANYTHING = KINDS = ("nothing", "verdicts", "cells", "anything")
 NOT_COMPARABLE = 2
 
 
@@ -116,8 +117,28 @@ def differs(found: dict, kind: str) -> bool:
     return any(more) or cells["equal"] < cells["compared"]
 
 
+def num_compared(found: dict, kind: str) -> int:
+    """How many verdicts, or cells, a kind of difference could be seen in: such as both sides have.
+
+    The paper's numbers are held against those of one scale alone: at others `cells` is verdicts too. A digit that
+    differs, which is of `anything`, is seen without an interval.
+    """
+    if kind == VERDICTS or not found["cells"]:
+        return found["directions"]["measured"] + found["claims"]["measured"]
+    judged = sum(found["cells"]["counts"][verdict] for verdict in (SAME, HIGHER, LOWER))
+    return judged + (found["cells"].get("not_judged", 0) if kind == ANYTHING else 0)
+
+
 def run(args: argparse.Namespace) -> dict:
-    """What the command compares."""
+    """What the command compares, with the answer to --fail-on."""
+    found = _compared(args)
+    found |= {"fail_on": args.fail_on, "differs": differs(found, args.fail_on)}
+    if args.fail_on != NOTHING and not found["differs"] and not num_compared(found, args.fail_on):
+        raise nothing_compared(found, args.fail_on)
+    return found
+
+
+def _compared(args: argparse.Namespace) -> dict:
     given = {"A": args.a, "B": args.b}
     sides = [side for side, argument in given.items() if argument != PAPER]
     if not sides:
@@ -145,7 +166,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--fail-on", choices=KINDS, default=CELLS, metavar="KIND",
         help="what makes the exit code 1: nothing; verdicts (of directions and claims); cells (default: these, or a "
-        "cell that is higher, lower or in one tree only); anything (these, or any digit, setting, code or input)",
+        "cell that is higher, lower or in one tree only); anything (these, or any digit, setting, code or input); 2 if "
+        "nothing of that could be compared",
     )  # fmt: skip
     parser.add_argument(SKIP, action="store_true", help="leave out, and list, what was not measured alike")
     parser.add_argument(
@@ -160,7 +182,6 @@ def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     with sentences("eval.compare", NOT_COMPARABLE):
         found = run(args)
-        found["fail_on"], found["differs"] = args.fail_on, differs(found, args.fail_on)
         if args.json is not None:
             with atomic(args.json) as part:
                 part.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")

@@ -44,7 +44,12 @@ def against_paper(tree: Tree, side: str) -> dict:
     found = {
         "held": held,
         "notes": [UNKNOWN_SCORERS if held else NO_CELLS.format(scale=tree.scale), *old, *_absent(tree)],
-        "directions": {"counts": counts(_short(directions), VERDICTS), "rule": RULE, "entries": directions},
+        "directions": {
+            "counts": counts(_short(directions), VERDICTS),
+            "measured": sum(entry["kind"] in VERDICTS for entry in directions),
+            "rule": RULE,
+            "entries": directions,
+        },
         "claims": _claims(tree),
         "cells": None,
     }
@@ -67,7 +72,9 @@ def _claims(tree: Tree) -> dict:
         entries.append(told | {"verdict": _agreement(claim["verdict"], paper), "cells": claim["paper"]["cells"]})
     entries.sort(key=lambda entry: CLAIM_VERDICTS.index(entry["verdict"]))
     missing = [] if tree.claims is not None else ["no claims.json; `python -m eval.claims` makes it."]
-    return {"counts": counts(entries, CLAIM_VERDICTS), "rule": CLAIM_RULE, "entries": entries, "missing": missing}
+    measured = sum(entry["estimate"] is not None and entry["verdict"] != NOT_PRINTED for entry in entries)
+    found = {"counts": counts(entries, CLAIM_VERDICTS), "measured": measured, "rule": CLAIM_RULE}
+    return found | {"entries": entries, "missing": missing}
 
 
 def _agreement(ours: str, paper: str) -> str:

@@ -1,13 +1,14 @@
 """Whether a number of one tree may be held against the other's: the same scorer, and the same protocol. No torch.
 
-Scorer: the spec that lies in the metadata of every scores file, else in scores.json, else in claims.json. Protocol:
-which pictures of which prompts, from which noise, and how a model is sampled; its weights and method are none of it.
-What a tree does not tell cannot be checked, and is listed as such.
+Scorer: the spec that lies in the metadata of every scores file, else in scores.json, else in claims.json: in claims of
+the row, else of its table, else of the metric. Two specs of one cell (a tree scored again in part) are refused as well.
+Protocol: which pictures of which prompts, from which noise, and how a model is sampled; its weights and method are none
+of it. What a tree does not tell cannot be checked, and is listed as such.
 """
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from os.path import commonprefix
 from typing import Any
 
@@ -31,7 +32,7 @@ CODE = "code"  # of a scorer: a hash that any change of its code changes, one th
 class Told:
     """What a tree says of one cell."""
 
-    spec: dict | None
+    specs: list[dict]  # of its scorer: none if the tree does not tell, several if it contradicts itself
     protocol: dict[str, Any]
 
 
@@ -43,20 +44,24 @@ class Obstacle:
     field: str
     a: Any
     b: Any
+    within: str | None = None  # A or B, where a and b are two values of that tree
 
 
 def told_of(config: Config, tree: Tree, table: str, line: pd.Series, metric: str, scores: Scores | None) -> Told:
     task = config.table_entries[table].tasks[0] if table in config.table_entries else "preference"
-    return Told(_spec(tree, line, task, metric, scores), _protocol(config, tree, line, task, scores))
+    return Told(_specs(tree, table, line, task, metric, scores), _protocol(config, tree, line, task, scores))
 
 
-def _spec(tree: Tree, line: pd.Series, task: str, metric: str, scores: Scores | None) -> dict | None:
+def _specs(tree: Tree, table: str, line: pd.Series, task: str, metric: str, scores: Scores | None) -> list[dict]:
     if scores is not None:
-        return scores.spec
+        return [scores.spec]
     if spec := tree.record(line, task, "scores").get("specs", {}).get(metric):
-        return spec
-    claims = [c["scorer"]["spec"] for c in (tree.claims or {}).values() if c["metric"] == metric and "scorer" in c]
-    return claims[0] if len({digest(spec) for spec in claims}) == 1 else None
+        return [spec]
+    of_metric = [claim for claim in tree.scored_claims if claim["metric"] == metric]
+    of_table = [claim for claim in of_metric if claim["table"] == table]
+    of_row = [claim for claim in of_table if line["label"] in (claim["left"], claim["right"])]
+    specs = [claim["scorer"]["spec"] for claim in of_row or of_table or of_metric]
+    return list({digest(spec): spec for spec in specs}.values())
 
 
 def _protocol(config: Config, tree: Tree, line: pd.Series, task: str, scores: Scores | None) -> dict[str, Any]:
@@ -90,24 +95,31 @@ def _sampling(tree: Tree, line: pd.Series, task: str) -> dict[str, Any]:
 
 
 def obstacles(metric: str, a: Told, b: Told) -> list[Obstacle]:
-    """Every field of scorer and protocol that both tell and tell differently."""
-    found = []
-    if a.spec is not None and b.spec is not None:
-        left, right = flatten(a.spec), flatten(b.spec)
-        keys = sorted({*left, *right})
-        differing = [key for key in keys if left.get(key) != right.get(key)]
-        found += [Obstacle(f"scorer of {metric}", key, left.get(key), right.get(key)) for key in differing]
+    """Every field of scorer and protocol that both tell and tell differently, or of which one tree tells two values."""
+    found, what = [], f"scorer of {metric}"
+    sides = {"A": [flatten(spec) for spec in a.specs], "B": [flatten(spec) for spec in b.specs]}
+    for key in sorted({key for specs in sides.values() for spec in specs for key in spec}):
+        values = {side: _distinct([spec.get(key) for spec in specs]) for side, specs in sides.items()}
+        split = {side: told for side, told in values.items() if len(told) > 1}
+        found += [Obstacle(what, key, *told[:2], within=side) for side, told in split.items()]
+        if not split and all(values.values()) and values["A"] != values["B"]:
+            found.append(Obstacle(what, key, *values["A"], *values["B"]))
     differing = [field for field, value in a.protocol.items() if field in b.protocol and value != b.protocol[field]]
     if len(differing) > 1:  # other prompts or noises are other images: said once
         differing = [field for field in differing if not field.endswith(SCORED)]
     return found + [Obstacle("protocol", field, a.protocol[field], b.protocol[field]) for field in differing]
 
 
+def _distinct(values: list) -> list:
+    """Each once; they may be lists."""
+    return [value for place, value in enumerate(values) if value not in values[:place]]
+
+
 def unchecked(metric: str, eval_set: str, a: Told, b: Told) -> list[tuple[str, str]]:
     """What one of the trees, or both, does not tell: ("scorer", metric) or ("protocol", field)."""
     fields = {"eval seed": f"{eval_set}: eval seed", "prompt ids": f"{eval_set}: prompt ids"}
     fields |= {field: field for field in (*SAMPLING, "grid")}
-    found = [("scorer", metric)] if a.spec is None or b.spec is None else []
+    found = [("scorer", metric)] if not a.specs or not b.specs else []
     return found + [("protocol", n) for n, at in fields.items() if at not in a.protocol or at not in b.protocol]
 
 
@@ -118,9 +130,8 @@ def grouped(found: Iterable[tuple[tuple, Obstacle]], rows: dict[str, list[str]])
     """The cells (table, eval_set, label, metric) that one field concerns, together; rows: all those of each table."""
     groups: dict[tuple, dict] = {}
     for cell, obstacle in found:
-        key = (obstacle.what, obstacle.field, repr(obstacle.a), repr(obstacle.b))
-        entry = {"what": obstacle.what, "field": obstacle.field, "a": obstacle.a, "b": obstacle.b, "cells": []}
-        groups.setdefault(key, entry)["cells"].append(list(cell))
+        key = (obstacle.what, obstacle.field, repr(obstacle.a), repr(obstacle.b), obstacle.within)
+        groups.setdefault(key, {**asdict(obstacle), "cells": []})["cells"].append(list(cell))
     for group in groups.values():
         of_table: dict[str, list[str]] = {}
         for table, _, label, _ in group["cells"]:
@@ -135,7 +146,10 @@ def sentence(group: dict) -> str:
     whole = [table for table, labels in group["rows"].items() if labels == "all"]
     places = [f"all rows of {', '.join(whole)}"] if whole else []
     places += [f"{table}: {', '.join(labels)}" for table, labels in group["rows"].items() if labels != "all"]
-    values = f"{shown(group['a'], group['b'])} in A and {shown(group['b'], group['a'])} in B"
+    one, other = shown(group["a"], group["b"]), shown(group["b"], group["a"])
+    values = f"{one} in A and {other} in B"
+    if within := group["within"]:
+        values = f"{one} in some claims of {within} and {other} in others"
     return f"{group['what']}: {group['field']} is {values} ({'; '.join(places)})"
 
 
@@ -154,6 +168,8 @@ def refusal(groups: list[dict], num_cells: int, total: int) -> UserError:
     remedies = []
     if any(group["what"] != "protocol" for group in groups):
         remedies.append("score both with the same scorer (`python -m eval.score --model MODEL --results RESULTS`)")
+    if within := sorted({group["within"] for group in groups} - {None}):
+        remedies.append(f"judge the claims of {' and '.join(within)} anew (`python -m eval.claims`)")
     if any(group["what"] == "protocol" for group in groups):
         remedies.append("make both with the same settings (workflow/config)")
     code = any(group["field"] == CODE for group in groups)

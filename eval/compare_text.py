@@ -13,8 +13,10 @@ from eval.compare_paper import DISAGREES
 from eval.compare_same import sentence, shown
 from eval.prose import grouped, listed
 from eval.tables import DASH, digits
+from pso.provenance import UserError
 from pso.templates import environment
 
+NOTHING, VERDICTS, CELLS, ANYTHING = KINDS = ("nothing", "verdicts", "cells", "anything")  # of --fail-on
 WIDTH = 100
 MOST_CELLS = 40  # of the text; the page and the JSON have all
 MOST_RECORDS = 2  # that are named beside a change in the text
@@ -93,21 +95,25 @@ def tree_line(about: dict) -> str:
 def summary(found: dict) -> list[str]:
     """A sentence on each kind of difference."""
     if found["kind"] == "paper":
-        told = [
-            f"Directions: {_counts(found['directions']['counts'])}.",
-            f"Claims: {_counts(found['claims']['counts'])}.",
+        return [
+            f"{part.capitalize()}: {_counts(found[part]['counts']) or 'none'}."
+            for part in ("directions", "claims", "cells")
+            if found[part]
         ]
-        return told + ([f"Cells: {_counts(found['cells']['counts'])}."] if found["cells"] else [])
-    cells, left_out = found["cells"], found["left_out"]["cells"]
-    told = [_verdicts_line(found, "directions"), _verdicts_line(found, "claims")]
-    told.append(
-        f"Cells: {cells['compared']} compared, {_counts(cells['counts'])}; {cells['equal']} equal to the last digit"
-        + (f"; {cells['in_neither']} more have a number in neither" if cells["in_neither"] else "")
-        + (f". {left_out} left out as not comparable." if left_out else ".")
-    )
+    told = [_verdicts_line(found, "directions"), _verdicts_line(found, "claims"), _cells_line(found)]
     if nearest := max(_changed_but_same(found), key=strength, default=None):
         told.append(f"The clearest change among the same: {cell_line(found, nearest)}.")
     return [*told, _config_line(found["config"])]
+
+
+def _cells_line(found: dict) -> str:
+    cells, left_out = found["cells"], found["left_out"]["cells"]
+    counts = cells["counts"] | {"without a verdict": cells["not_judged"]}
+    told = ["none compared"]
+    if cells["compared"]:
+        told = [f"{cells['compared']} compared, {_counts(counts)}", f"{cells['equal']} equal to the last digit"]
+    told += [f"{cells['in_neither']} more have a number in neither"] if cells["in_neither"] else []
+    return f"Cells: {'; '.join(told)}" + (f". {left_out} left out as not comparable." if left_out else ".")
 
 
 def _verdicts_line(found: dict, part: str) -> str:
@@ -118,7 +124,10 @@ def _verdicts_line(found: dict, part: str) -> str:
         return f"{part.capitalize()}: not compared."
     changed = _counts(section["transitions"]) or "none"
     out = f", {section['left_out']} left out" if section["left_out"] else ""
-    return f"{part.capitalize()}: {section['compared']} compared{out}; verdicts changed: {changed}."
+    if not section["compared"]:
+        return f"{part.capitalize()}: none compared{out}."
+    some = f" ({section['measured'] or 'none'} measured in both)" if section["measured"] < section["compared"] else ""
+    return f"{part.capitalize()}: {section['compared']} compared{some}{out}; verdicts changed: {changed}."
 
 
 def _config_line(config: dict) -> str:
@@ -173,7 +182,22 @@ def to_text(found: dict) -> str:
     parts = [f"A  {tree_line(found['a'])}\nB  {tree_line(found['b'])}", _wrapped(summary(found))]
     if told := notes(found):
         parts.append("Note\n" + _wrapped(told, "  - "))
-    return "\n\n".join([*parts, *body, f"--fail-on {found['fail_on']}: {'a' if found['differs'] else 'no'} difference"])
+    return "\n\n".join([*parts, *body, _outcome(found)])
+
+
+def _outcome(found: dict) -> str:
+    if found["fail_on"] == NOTHING:
+        return f"--fail-on {NOTHING}: exit code 0, whatever was found"
+    return f"--fail-on {found['fail_on']}: {'a' if found['differs'] else 'no'} difference"
+
+
+def nothing_compared(found: dict, kind: str) -> UserError:
+    """Why neither `a difference` nor `no difference` can be said."""
+    lines = "\n".join(f"  - {line}" for line in [*summary(found)[: 2 if kind == VERDICTS else 3], *notes(found)])
+    return UserError(
+        f"nothing of what --fail-on {kind} names could be compared, so A and B cannot be said to differ or not:\n"
+        f"{lines}\n--fail-on {NOTHING} shows all that was found."
+    )
 
 
 def _wrapped(lines: Iterable[str], mark: str = "") -> str:

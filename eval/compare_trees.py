@@ -31,6 +31,7 @@ class Tree:
     diffs: dict[str, dict]  # {table}.diff.json, but for those that are stale
     stale: dict[str, list[str]]  # table -> cells of which its diff.json tells another number than its csv
     claims: dict[str, dict] | None  # by id
+    scored_claims: list[dict]  # those that tell their scorer, of other tables too
     judged: dict[str, int]  # of all its claims, of other tables too: declared, measured
     records: dict[str, dict]  # by path
 
@@ -141,6 +142,7 @@ def read_tree(folder: Path, name: str, tables: list[str] | None = None, side: st
         diffs={table: told for table, told in found.items() if table not in old},
         stale=old,
         claims=None if judged is None else {claim["id"]: claim for claim in judged if claim["table"] in wanted},
+        scored_claims=[claim for claim in judged or () if claim.get("scorer")],
         judged={
             "declared": len(judged or ()),
             "measured": sum(claim["estimate"] is not None for claim in judged or ()),

@@ -82,14 +82,23 @@ def _verdict(entry: dict) -> str:
 def _section(a: dict, b: dict, is_out: Callable, about: Callable, told: Callable) -> dict:
     if not a or not b:  # one side knows none at all: said once, not as many changes
         only_in = "A" if a else "B" if b else None
-        return {"compared": 0, "same": 0, "left_out": 0, "transitions": {}, "changed": [], "only_in": only_in}
-    changed, same, left_out = [], 0, 0
+        return {
+            "compared": 0,
+            "measured": 0,
+            "same": 0,
+            "left_out": 0,
+            "transitions": {},
+            "changed": [],
+            "only_in": only_in,
+        }
+    changed, same, left_out, measured = [], 0, 0, 0
     for key in dict.fromkeys([*a, *b]):
         either = [side[key] for side in (a, b) if key in side]
         if any(is_out(entry) and told(entry)["estimate"] is not None for entry in either):
             left_out += 1
             continue
         one, other = (told(side[key]) if key in side else None for side in (a, b))
+        measured += all(side is not None and side["estimate"] is not None for side in (one, other))
         if one is not None and other is not None and _alike(one, other):
             same += 1
             continue
@@ -98,8 +107,8 @@ def _section(a: dict, b: dict, is_out: Callable, about: Callable, told: Callable
     transitions: dict[str, int] = {}
     for entry in changed:
         transitions[entry["change"]] = transitions.get(entry["change"], 0) + 1
-    return {"compared": same + len(changed), "same": same, "left_out": left_out, "transitions": transitions,
-            "changed": changed, "only_in": None}  # fmt: skip
+    found = {"compared": same + len(changed), "measured": measured, "same": same, "left_out": left_out}
+    return found | {"transitions": transitions, "changed": changed, "only_in": None}
 
 
 def _alike(one: dict, other: dict) -> bool:

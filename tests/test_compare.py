@@ -499,6 +499,42 @@ def test_committed_files_tell_scorers_by_their_claims(one, other):
         compared(cfg, folder, other / "miniature")
 
 
+OTHER = {"scorer": {"spec": {"name": "pick_score", "sha256": "9" * 64}}}
+SDXL = {"left": "SDXL", "right": "SDXL"}  # a row without numbers
+HALF = "0000000000000000... in some claims of B and 9999999999999999... in others"
+WHOLE = "0000000000000000... in A and 9999999999999999... in B"
+
+
+@pytest.mark.parametrize(
+    ("mine", "more", "said", "labels"),
+    [
+        ({}, OTHER, HALF, "all rows of table1"),  # as its table has both, the third row's scorer is not known either
+        ({}, {**OTHER, **SDXL}, HALF, f"table1: {OFFLINE.label}"),  # the others have claims of their own
+        ({}, {**OTHER, **SDXL, "left": OFFLINE.label}, WHOLE, f"table1: {OFFLINE.label}"),
+        ({"table": "table2"}, {**OTHER, "table": "table3"}, HALF, "all rows of table1"),
+        ({}, {**OTHER, "table": "table2"}, None, None),  # the table's own claims tell its scorer
+    ],
+)
+def test_a_tree_that_was_scored_again_in_part_is_refused(one, other, mine, more, said, labels):
+    cfg, folder = one
+    (claim,) = json.loads((folder / "claims.json").read_text())
+    claim |= mine
+    for tree_of, judged in ((folder, [claim]), (other / "miniature", [claim, {**claim, **more, "id": "again"}])):
+        (tree_of / "claims.json").write_text(json.dumps(judged))
+        shutil.rmtree(tree_of / "preference")
+    if said is None:
+        assert compared(cfg, folder, other / "miniature")["cells"]["equal"] == 12
+        return
+    with pytest.raises(UserError) as refusal:
+        compared(cfg, folder, other / "miniature")
+    assert f"scorer of pick_score: sha256 is {said} ({labels})" in str(refusal.value)
+    assert ("judge the claims of B anew (`python -m eval.claims`)" in str(refusal.value)) == (said == HALF)
+    found = compared(cfg, folder, other / "miniature", skip=True)
+    out = 6 if "all" in labels else 2
+    assert found["left_out"]["cells"] == out and found["cells"]["equal"] == 12 - out
+    assert "pick_score" not in found["unchecked"]["scorer"]["what"]
+
+
 # ---- against the paper ----
 
 
@@ -608,6 +644,64 @@ def test_exit_codes_and_files(one, other, tmp_path):
     assert refused.returncode == 2 and refused.stdout == "" and "eval.compare: 1 of 12 cells" in refused.stderr
 
 
+def test_trees_of_which_all_is_left_out_are_not_said_to_agree(one, other):
+    cfg, folder = one
+    for row in EXISTING.values():
+        for eval_set in EVAL_SETS:
+            for metric in METRICS:
+                rewrite(cfg, other, row, eval_set, metric, spec={"name": "another"})
+    words = folder, finished(cfg, other), "--skip-incomparable", "--fail-on"
+    for kind in ("verdicts", "cells"):
+        with pytest.raises(UserError, match=f"nothing of what --fail-on {kind} names could be compared") as refusal:
+            asked(*words, kind)
+        for line in (
+            "Directions: 88 compared (none measured in both), 8 left out",
+            "Claims: none compared, 1 left out",
+        ):
+            assert line in str(refusal.value)
+        assert ("Cells: none compared" in str(refusal.value)) == (kind == "cells")
+        assert "Left out: scorer of clip_score: name is clip_score in A and another in B" in str(refusal.value)
+    assert asked(*words, "anything")["differs"], "a scorer is of what it names"
+    found = asked(*words, "nothing")
+    assert not found["differs"] and found["left_out"]["cells"] == 12
+    text = to_text(found)
+    assert "Cells: none compared" in text and "--fail-on nothing: exit code 0, whatever was found" in text
+    refused = command(*words, "cells")
+    assert refused.returncode == 2 and refused.stdout == ""
+
+
+def test_tables_alone_have_no_verdicts_to_agree_on(one, other):
+    cfg, folder = one
+    for tree_of in (folder, other / "miniature"):
+        for name in ("tables/table1.diff.json", "claims.json"):
+            (tree_of / name).unlink()
+    with pytest.raises(
+        UserError, match="(?s)--fail-on verdicts names.*Directions: not compared.*`python -m eval.claims`"
+    ):
+        asked(folder, other, "--fail-on", "verdicts")
+    assert not asked(folder, other, "--fail-on", "cells")["differs"]
+    path = folder / "tables/table1.csv"
+    columns = [f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")]
+    pd.read_csv(path).assign(**dict.fromkeys(columns)).to_csv(path, index=False)
+    shutil.copy(path, other / "miniature/tables/table1.csv")
+    for kind in ("cells", "anything"):
+        with pytest.raises(UserError, match="Cells: none compared; [0-9]+ more have a number in neither"):
+            asked(folder, other, "--fail-on", kind)
+
+
+def test_what_was_not_measured_is_not_said_to_agree_with_the_paper(one):
+    cfg, folder = one
+    path = folder / "tables/table1.diff.json"
+    told = json.loads(path.read_text())
+    for entry in told["directions"]:
+        entry |= {"difference": None, "interval": None, "verdict": "missing: not built yet"}
+    path.write_text(json.dumps(told))
+    assert compare.num_compared(asked(folder, "paper"), "cells") == 1, "its claim"
+    (folder / "claims.json").unlink()
+    with pytest.raises(UserError, match="--fail-on cells names could be compared(?s:.*)Directions: 96 missing"):
+        asked(folder, "paper")
+
+
 def test_which_folder_is_meant(one, other, tmp_path):
     cfg, folder = one
     make(tmp_path / "one", records=False, scale="smoke")
@@ -690,5 +784,12 @@ def test_names_tell_trees_apart_and_nothing_more():
 
 
 def test_rows_that_are_concerned_are_named():
-    group = {"what": "protocol", "field": "grid", "a": None, "b": [1], "rows": {"table1": "all", "table2": ["X", "Y"]}}
+    group = {
+        "what": "protocol",
+        "field": "grid",
+        "a": None,
+        "b": [1],
+        "within": None,
+        "rows": {"table1": "all", "table2": ["X", "Y"]},
+    }
     assert sentence(group) == "protocol: grid is nothing in A and [1] in B (all rows of table1; table2: X, Y)"
