@@ -23,8 +23,8 @@ HOW = (
 )
 VERDICTS = ("agrees", "disagrees", "inconclusive")  # of {table}.diff.json
 BARE = (
-    "No interval of the difference is kept for rows or columns that the paper does not have, nor for a row that is held "
-    "against another model there: their means alone."
+    "No interval of the difference is kept for rows or columns that the paper does not have, nor for a row that it "
+    "holds against another model: their means alone."
 )
 
 

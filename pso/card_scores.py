@@ -149,7 +149,7 @@ def over(config: Config, name: str, table: TableEntry, num_runs: int) -> str:
     runs = "of which there is one" if num_runs == 1 else f"of which there are {num_runs}"
     told = f"The intervals of {name} are bootstraps over {what}; they do not cover the training seed, {runs}."
     if reference_file(name).exists():
-        told += f" Paired intervals of what the paper's rows differ by are in results/{config.scale}/tables/{name}.diff.md."
+        told += f" Paired intervals between the paper's rows are in results/{config.scale}/tables/{name}.diff.md."
     return told
 
 
