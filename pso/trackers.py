@@ -2,8 +2,9 @@
 
 They only watch: a run has the same numbers, files and checkpoints with and without them, and without `log_with` neither
 package is imported. The step of everything is the number of updates made. A run that goes on continues its curves, one
-that starts anew begins them anew. Neither may stop a training that runs: one that fails is left alone from there on,
-and what it lacks is counted. No host, user or path of this machine is written.
+that starts anew begins them anew. No disk, network or service of theirs may stop a training: a tracker that fails, at
+its start, later or at its end, is left alone from there on, and what it lacks is counted. No host, user or path of this
+machine is written.
 """
 
 import importlib.util
@@ -11,7 +12,6 @@ import json
 import logging
 import math
 import shutil
-import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pso.checks import ConfigError
 from pso.probe import Probe
-from pso.provenance import UserError, digest
+from pso.provenance import digest
 
 log = logging.getLogger("tune")
 PROJECT = "pso-bench"
@@ -34,6 +34,7 @@ COMPARED = ("probe/reward", "probe/kl/sum")  # beside settings in a table of run
 OFFLINE = ("offline", "dryrun", "disabled")  # modes of W&B without an account
 FLUSH_S = 1.0  # what W&B keeps back from its file, and loses when the run is killed: 15 of its own accord
 WAIT_S = 30  # for a server of W&B, at a run's start and at its end
+THEIRS = ("wandb", "tensorboard", "tensorflow")  # TensorBoard writes by TensorFlow where that is installed
 LEAST, MOST, GAP = 128, 256, 4  # px of one picture, and between two
 CAPTION, LINES = 11, 3  # px of a letter; lines of a caption
 
@@ -55,13 +56,14 @@ def asked(names: list[str], folder: Path, name: str) -> list[GeneralTracker] | N
 
 
 def refuse_wandb_without_key(names: list[str]) -> None:
-    """W&B would ask for one, and a job of a workflow has nobody to ask."""
+    """W&B would ask for one, and a job of a workflow has nobody to ask. No server is asked: W&B would ask whose the key
+    is, three times, and wait for an answer."""
     if "wandb" not in names:
         return
     import wandb
 
     try:
-        mode = wandb.setup(wandb.Settings(show_info=False)).settings.mode
+        mode = wandb.setup(wandb.Settings(show_info=False, x_disable_viewer=True)).settings.mode
         ready = mode in OFFLINE or wandb.login(prompt=False, verify=False)
     except wandb.Error as error:
         raise ConfigError(f"config.log_with is {names}, but W&B does not start: {_first_line(error)}") from error
@@ -130,8 +132,15 @@ class WandB(WandBTracker):
             disable_git=True, disable_code=True, save_code=False, console="off", symlink=False, use_dot_wandb=False,
             show_info=False, init_timeout=WAIT_S, finish_timeout=WAIT_S, x_transaction_log_flush_interval=FLUSH_S,
         )  # fmt: skip
+        if mode not in OFFLINE:
+            log.info("wandb: starting, which waits for its server at most %d s", WAIT_S)
+        before = set(self.folder.glob("*run-*"))
         try:
             super().start()
+        except _failures():  # else a session that goes on takes it that W&B was told of the updates of this one
+            for path in set(self.folder.glob("*run-*")) - before:
+                shutil.rmtree(path, ignore_errors=True)
+            raise
         finally:
             for name in ("logs", "tmp"):  # W&B's own, with paths of this machine
                 for path in self.folder.glob(f"*run-*/{name}"):
@@ -171,27 +180,24 @@ class Trackers:
                 shutil.rmtree(old, ignore_errors=True)
         if not accelerator.log_with:
             return
+        prompts = "\n".join(f"{i}. {prompt}" for i, prompt in enumerate(probe.prompts, 1))
         for tracker in accelerator.log_with:
             tracker.goes_on(start, reached, digest(made_from))
-            self._begin(tracker, hyperparameters(settings), first=not start)
+            self._begin(tracker, hyperparameters(settings), prompts, start)
         probe.keeps_pictures = bool(self.live)
-        self._each("log", {"probe/prompts": "\n".join(f"{i}. {p}" for i, p in enumerate(probe.prompts, 1))}, start)
         if self.live and not probe.scorers:
             log.warning("log_with: the probe has no probe_reward and no probe_metrics, so it makes no pictures to show")
 
-    def _begin(self, tracker: GeneralTracker, settings: dict, first: bool) -> None:
-        """As Accelerator.init_trackers, one by one. Where a run goes on, what cannot start is left out."""
+    def _begin(self, tracker: GeneralTracker, settings: dict, prompts: str, start: int) -> None:
+        """As Accelerator.init_trackers, one by one."""
         try:
             tracker.start()
             tracker.store_init_configuration(settings)
+            tracker.log({"probe/prompts": prompts}, start)
         except _failures() as error:
-            said = f"log_with names {tracker.name}, but {_first_line(error)}"
-            if first:
-                how = "set WANDB_MODE=offline" if tracker.name == "wandb" else "make room"
-                raise UserError(
-                    f"{said}; {how}, or leave {tracker.name} out, and run the same command again."
-                ) from error
-            log.warning("%s; this run goes on without it", said)
+            self.lost[tracker.name] = 0
+            said = "log_with names %s, but %s; this run goes on without it"
+            log.warning(said, tracker.name, _first_line(error))
         else:
             self.live.append(tracker)
 
@@ -214,7 +220,8 @@ class Trackers:
         self._each("finish")
         self.live = []
         for name, count in self.lost.items():
-            log.warning("%s lacks %d entries of this session; train.jsonl has them all", name, count)
+            if count:
+                log.warning("%s lacks %d entries of this session; train.jsonl has them all", name, count)
         self.lost = {}
 
     def _each(self, action: str, *what: Any) -> None:
@@ -227,15 +234,22 @@ class Trackers:
             except _failures() as error:
                 self.live.remove(tracker)
                 self.lost[tracker.name] = int(action != "finish")
-                log.warning(
-                    "%s failed (%s): nothing more is logged there, training goes on", tracker.name, _first_line(error)
-                )
+                after = "nothing more is logged there, training goes on"
+                if action == "finish":
+                    after = "its last entries may not be there; train.jsonl has them all"
+                log.warning("%s failed (%s): %s", tracker.name, _first_line(error), after)
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """Of disks and networks; W&B has errors of its own for them."""
-    wandb = sys.modules.get("wandb")
-    return (OSError,) if wandb is None else (OSError, wandb.Error)
+    """What disks, networks and services do to a tracker: OSError, and whatever the packages themselves define. W&B's
+    classes have no base in common, so they are told by where they come from, and those of another version are too."""
+
+    def known(base: type) -> Iterator[type]:
+        for kind in base.__subclasses__():
+            yield kind
+            yield from known(kind)
+
+    return (OSError, *(kind for kind in known(Exception) if kind.__module__.partition(".")[0] in THEIRS))
 
 
 def _first_line(error: Exception) -> str:

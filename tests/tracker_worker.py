@@ -2,8 +2,9 @@
 
     python tests/tracker_worker.py JOBS_AS_JSON
 
-A job: `results`, `log_with`, `environment`, `at`: update -> what happens after it (keys of HAPPENS). Its output goes to
-results/out, its exit status to results/status, the modules of interest that it loaded to results/modules.
+A job: `results`, `log_with`, `environment`, `at`: update -> what happens after it, or "end" -> before the trackers'
+(keys of HAPPENS). Its output goes to results/out, its exit status is added to results/status, the modules of interest
+that it loaded go to results/modules.
 """
 
 import json
@@ -11,13 +12,14 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import toy
 
-from pso import tune
+from pso import trackers, tune
 from pso.hub import Hub
 from pso.mdp import Renoise
 from pso.probe import Probe
@@ -78,7 +80,15 @@ def service_gone(_: Path) -> None:
         child.wait()
 
 
-HAPPENS = {action.__name__: action for action in (killed, asked_to_stop, disk_full, service_gone)}
+def service_dies_meanwhile(run: Path) -> None:
+    """W&B's own process no longer answers, and is killed while the run waits for it."""
+    for child in psutil.Process().children():
+        child.suspend()
+    threading.Timer(2, service_gone, [run]).start()
+
+
+ACTIONS = (killed, asked_to_stop, disk_full, service_gone, service_dies_meanwhile)
+HAPPENS = {action.__name__: action for action in ACTIONS}
 
 
 def settings(log_with: list[str]) -> dict:
@@ -94,14 +104,20 @@ def work(results: Path, log_with: list[str], at: dict[str, list[str]]) -> None:
     out = os.open(results / "out", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1), os.dup2(out, 2)
     tune.prepare, Hub.inputs, socket.gethostname = prepare, lambda self: [], lambda: HOST
-    update = Trackers.update
+    trackers.WAIT_S = 1
+    update, end = Trackers.update, Trackers.end
 
     def update_and_more(self, done, *what):
         update(self, done, *what)
         for name in at.get(str(done), []):
             HAPPENS[name](folder(results))
 
-    Trackers.update = update_and_more
+    def more_and_end(self):
+        for name in at.get("end", []):
+            HAPPENS[name](folder(results))
+        end(self)
+
+    Trackers.update, Trackers.end = update_and_more, more_and_end
     given = json.dumps(settings(log_with))
     sys.argv[1:] = ["--model", "sdxl_dmd2", "--method", METHOD, "--results", str(results), "--set", given]
     tune.main()
@@ -117,7 +133,9 @@ def main(jobs: list[dict]) -> None:
             os.environ.update(job.get("environment", {}))
             work(results, job["log_with"], job.get("at", {}))
             sys.exit()
-        (results / "status").write_text(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        with (results / "status").open("a") as file:
+            file.write(f"{status}\n")
 
 
 if __name__ == "__main__":
