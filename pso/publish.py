@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, HfApi, get_token, parse_local_safetensors_file_metadata
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token, parse_local_safetensors_file_metadata
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, SafetensorsParsingError
 from huggingface_hub.utils import validate_repo_id
 from tabulate import tabulate
@@ -36,6 +36,7 @@ from pso.provenance import UserError, sentences
 CARD = "README.md"
 LOG = "train.jsonl"
 LOG_BYTES = 5_000_000  # a longer log is left out, and said to be
+KEEPS_NOTHING_OUT = "# a push is what was listed\n"  # given for the repository's own .gitignore
 
 
 @dataclass(frozen=True)
@@ -211,34 +212,64 @@ def push(made: Plan) -> str:
             f"{made.repo_id} is there already and is {has}, and this push is {asked}; {hint}, change it on the Hub, or "
             "take another --repo-id. Nothing was sent."
         )
-    operations = [CommitOperationAdd(file.path, file.content) for file in made.files]
+    said(lambda: check_metadata(made), made)  # before anything large is on its way
+    files = [CommitOperationAdd(file.path, file.content) for file in made.files]
+    given = {"free_memory": False, "gitignore_content": KEEPS_NOTHING_OUT}
+    said(lambda: api.preupload_lfs_files(made.repo_id, files, **given), made)
+    if kept_out := [file.path_in_repo for file in files if file._should_ignore]:  # create_commit drops them unsaid
+        raise UserError(
+            f"the .gitignore of {made.repo_id} keeps out {', '.join(kept_out)}; take that out of it, or take another "
+            "--repo-id. Nothing was committed."
+        )
     message = f"LoRA, card and record of {made.run}"
-    return said(lambda: api.create_commit(made.repo_id, operations, commit_message=message), made).commit_url
+    return said(lambda: api.create_commit(made.repo_id, files, commit_message=message), made).commit_url
+
+
+def check_metadata(made: Plan) -> None:
+    try:
+        ModelCard(made.card).validate()
+    except ValueError as error:
+        raise UserError(f"the Hub refuses the card: {' '.join(str(error).split())}") from error
 
 
 def said(call: Callable, made: Plan):
     """What the Hub answers, or why it does not, as a sentence."""
     try:
         return call()
-    except OfflineModeIsEnabled:
-        raise UserError("HF_HUB_OFFLINE is set, so nothing is sent; unset it, then push again.") from None
-    except HfHubHTTPError as error:
+    except UserError:
+        raise
+    except (OSError, httpx2.TransportError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(why(error, made)) from error
+
+
+def why(error: BaseException, made: Plan, uploading: bool = False) -> str:
+    """What stopped a push, and what to do. hf_xet, which uploads where it is installed, has OSErrors for networks and
+    refusals, ValueErrors and RuntimeErrors; huggingface_hub's own upload a RuntimeError with the cause behind it."""
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, so nothing is sent; unset it, then push again."
+    if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
-        why = {
+        reason = error.server_message or "no reason was given"
+        hints = {
             401: "the token is not valid; `hf auth login` keeps another, or set HF_TOKEN",
             403: f"the token may not write to {made.repo_id}; take one with write access, or another --repo-id",
             404: f"{made.repo_id} is not there, or not for this token",
-        }.get(status, error.server_message or "no reason was given")
-        raise UserError(f"the Hub answers {status}: {why}. Then push again.") from error
-    except httpx2.TransportError as error:
-        raise UserError(
+        }  # a storage, which answers while files are uploaded, knows nothing of tokens
+        return f"the Hub answers {status}: {reason if uploading else hints.get(status, reason)}. Then push again."
+    if isinstance(error, httpx2.TransportError):
+        return (
             f"no answer from the Hub ({type(error).__name__}); is there a network, a proxy, a right HF_ENDPOINT? A "
             "push is one commit, there as a whole or not at all. Push again."
-        ) from error
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError("the answer is none of a Hub's; is HF_ENDPOINT right? Then push again.") from error
-    except ValueError as error:  # metadata that the Hub refuses
-        raise UserError(f"the Hub refuses the card: {' '.join(str(error).split())}") from error
+        )
+    if isinstance(error, KeyError | TypeError | json.JSONDecodeError):
+        return "the answer is none of a Hub's; is HF_ENDPOINT right? Then push again."
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+        return f"{text.rstrip('.')}: {why(error.__cause__, made, uploading=True)}"
+    return (
+        f"the upload stopped ({text.rstrip('.')}), and nothing was committed; is there a network, and may the token "
+        f"write to {made.repo_id}? Then push again."
+    )
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -19,6 +20,9 @@ class PushHub:
         self.commits: list[str] = []
         self.blobs: dict[str, bytes] = {}
         self.refuse: dict[str, tuple[int, dict]] = {}  # part of a path -> status and answer
+        self.hang_up: list[str] = []  # parts of paths that get no answer
+        self.gitignore: set[str] = set()  # files that the repository's own keeps out, unless a push gives another
+        self.ignored: set[str] = set()  # files that are kept out whatever a push gives
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -43,6 +47,9 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.requests.append((self.command, self.path))
         self.hub.tokens.add(self.headers.get("Authorization"))
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if any(part in self.path for part in self.hub.hang_up):
+            self.close_connection = True
+            return None
         for part, (status, content) in self.hub.refuse.items():
             if part in self.path:
                 return self.answer(content, status)
@@ -70,16 +77,21 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({"errors": [], "warnings": []})
 
     def preupload(self, name: str) -> None:
-        modes = {True: "lfs", False: "regular"}
+        told, modes = json.loads(self.body), {True: "lfs", False: "regular"}
+        kept_out = self.hub.ignored | (set() if "gitIgnore" in told else self.hub.gitignore)
+        paths = [file["path"] for file in told["files"]]
         files = [
-            {"path": f["path"], "uploadMode": modes[f["path"].endswith(".safetensors")], "shouldIgnore": False}
-            for f in json.loads(self.body)["files"]
+            {"path": p, "uploadMode": modes[p.endswith(".safetensors")], "shouldIgnore": p in kept_out} for p in paths
         ]
         self.answer({"files": files})
 
+    def xet_token(self, name: str) -> None:
+        """Where hf_xet uploads to: here, where nothing of it is known."""
+        self.answer({"casUrl": self.hub.url, "exp": int(time.time()) + 3600, "accessToken": "of-the-storage"})
+
     def batch(self, name: str) -> None:
         found = [
-            {"oid": o["oid"], "size": o["size"], "actions": {"upload": {"href": f"{self.hub.url}/lfs/{o['oid']}"}}}
+            {"oid": o["oid"], "size": o["size"], "actions": {"upload": {"href": f"{self.hub.url}/storage/{o['oid']}"}}}
             for o in json.loads(self.body)["objects"]
         ]
         self.answer({"transfer": "basic", "objects": found})
@@ -115,8 +127,9 @@ ROUTES = [
     ("/api/repos/create", Handler.create),
     ("/api/validate-yaml", Handler.validate),
     (rf"/api/models/{NAME}/preupload/main", Handler.preupload),
+    (rf"/api/models/{NAME}/xet-write-token/main", Handler.xet_token),
     (rf"/api/models/{NAME}/commit/main", Handler.commit),
     (rf"/api/models/{NAME}", Handler.info),
     (rf"/{NAME}\.git/info/lfs/objects/batch", Handler.batch),
-    (r"/lfs/(?P<oid>[0-9a-f]{64})", Handler.upload),
+    (r"/storage/(?P<oid>[0-9a-f]{64})", Handler.upload),
 ]

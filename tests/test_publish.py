@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -49,12 +50,25 @@ def hub():
         yield found
 
 
-def publish(hub: PushHub, results: Path, *arguments: str, token: str | None = TOKEN, endpoint: str | None = None):
+IMPATIENT = "import time; time.sleep = lambda _: None; from pso.publish import main; main()"  # tries again at once
+
+
+def publish(
+    hub: PushHub,
+    results: Path,
+    *arguments: str,
+    token: str | None = TOKEN,
+    endpoint: str | None = None,
+    xet: bool = False,
+    start: tuple[str, str] = ("-m", "pso.publish"),
+):
     environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and not k.startswith("HF_")}
     environment |= {"HF_ENDPOINT": endpoint or hub.url, "HF_HOME": str(results.parent / "home"), "NO_PROXY": "*"}
-    environment |= {"HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)} | ({"HF_TOKEN": token} if token else {})
+    environment |= {"HF_HUB_DISABLE_XET": "0" if xet else "1", "PYTHONPATH": str(ROOT)}
+    environment |= {"HF_TOKEN": token} if token else {}
+    environment |= {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1", "HF_XET_CLIENT_RETRY_MAX_DURATION": "1s"}
     run = Path(results.name) / "paper/preference/sdxl_dmd2/pso_offline/seed0"
-    command = [sys.executable, "-m", "pso.publish", str(run), *arguments]
+    command = [sys.executable, *start, str(run), *arguments]
     done = subprocess.run(command, cwd=results.parent, env=environment, capture_output=True, text=True, timeout=120)
     assert "Traceback" not in done.stderr, done.stderr
     return done
@@ -100,6 +114,23 @@ def test_what_arrives_is_what_was_listed_byte_for_byte(hub, results):
     assert TOKEN not in sent.stdout + sent.stderr + card
 
 
+def test_a_gitignore_of_the_repository_keeps_nothing_out(hub, results):
+    hub.gitignore = {LORA_FILE, "train.jsonl"}
+    done = publish(hub, results, "--repo-id", REPO, "--push")
+    assert done.returncode == 0, done.stderr
+    found = {path: (len(content), hashlib.sha256(content).hexdigest()) for path, content in hub.files[REPO].items()}
+    assert found == listed(done.stdout) and list(found) == FILES
+
+
+def test_files_that_a_hub_keeps_out_all_the_same_are_named_and_nothing_is_committed(hub, results):
+    hub.ignored = {LORA_FILE, "train.jsonl"}
+    done = publish(hub, results, "--repo-id", REPO, "--push")
+    assert done.returncode == 1 and hub.commits == []
+    assert done.stderr.splitlines()[-1].startswith(
+        f"publish: the .gitignore of {REPO} keeps out {LORA_FILE}, train.jsonl; take that out of it"
+    )
+
+
 def test_a_folder_of_results_elsewhere_is_nobodys_business(hub, results):
     there = results.rename(results.parent / "mmillers_disk")
     assert publish(hub, there, "--repo-id", REPO, "--push").returncode == 0
@@ -137,9 +168,16 @@ def test_a_push_that_was_not_fully_asked_for_asks_no_server(hub, results, argume
         ({"repos/create": (401, {"error": "Invalid credentials"})}, "the Hub answers 401: the token is not valid"),
         ({"repos/create": (403, {"error": "Forbidden"})}, f"answers 403: the token may not write to {REPO}"),
         ({"commit/main": (403, {"error": "Forbidden"})}, "answers 403"),
-        ({"validate-yaml": (400, {"errors": [{"message": "license is wrong"}]})}, "refuses the card: Invalid metadata"),
+        (
+            {"validate-yaml": (400, {"errors": [{"message": "license is wrong"}]})},
+            "publish: the Hub refuses the card: ",
+        ),
         ({"repos/create": (200, {})}, "the answer is none of a Hub's; is HF_ENDPOINT right?"),
         ({"objects/batch": (413, {"error": "too large"})}, "answers 413: too large"),
+        (
+            {"/storage/": (403, {"error": "expired"})},
+            f"uploading '{LORA_FILE}' to the Hub: the Hub answers 403: expired.",
+        ),
     ],
 )
 def test_a_refusal_of_the_hub_is_one_sentence_and_nothing_is_committed(hub, results, refuse, named):
@@ -147,6 +185,41 @@ def test_a_refusal_of_the_hub_is_one_sentence_and_nothing_is_committed(hub, resu
     done = publish(hub, results, "--repo-id", REPO, "--push")
     assert done.returncode == 1 and named in done.stderr.splitlines()[-1], done.stderr
     assert hub.files.get(REPO, {}) == {}
+
+
+@pytest.mark.parametrize(
+    ("hang_up", "named"),
+    [
+        (
+            "/storage/",
+            f"Error while uploading '{LORA_FILE}' to the Hub: no answer from the Hub (RemoteProtocolError); is",
+        ),
+        ("preupload", "publish: no answer from the Hub (RemoteProtocolError); is there a network"),
+    ],
+)
+def test_a_connection_that_is_lost_is_one_sentence_and_nothing_is_committed(hub, results, hang_up, named):
+    hub.hang_up = [hang_up]
+    done = publish(hub, results, "--repo-id", REPO, "--push", start=("-c", IMPATIENT))
+    assert done.returncode == 1 and named in done.stderr.splitlines()[-1], done.stderr
+    assert hub.commits == []
+
+
+@pytest.mark.skipif(find_spec("hf_xet") is None, reason="hf_xet, with which a real Hub is sent to, is not installed")
+@pytest.mark.parametrize(
+    ("refuse", "hang_up", "named"),
+    [
+        ({"xet-write-token": (403, {"error": "Forbidden"})}, [], "403 Forbidden"),
+        ({"/v1/": (401, {"error": "Unauthorized"})}, [], "401 Unauthorized"),
+        ({}, ["/v1/"], "error sending request"),
+    ],
+)
+def test_what_stops_an_upload_by_xet_is_one_sentence(hub, results, refuse, hang_up, named):
+    hub.refuse, hub.hang_up = refuse, hang_up
+    done = publish(hub, results, "--repo-id", REPO, "--push", xet=True)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("publish: the upload stopped (") and named in last, done.stderr
+    assert f"may the token write to {REPO}? Then push again." in last and hub.commits == []
+    assert any("xet-write-token" in path for _, path in hub.requests)
 
 
 def test_no_token_and_no_network_are_sentences(hub, results):
