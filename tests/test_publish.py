@@ -379,6 +379,11 @@ def test_a_run_is_told_by_its_folder(tmp_path, monkeypatch):
         "[x](https://github.com/a/b) `pso/card.py` (eval/reference/table1.csv)",
         "sha256 " + "ab" * 32,
         json.dumps({"files": "data/train-*.parquet", "a": "a - /b"}),
+        json.dumps({"code": {"commit": "0a" * 20}, "revision": "f1" * 20, "sha256": "ab" * 32, "num_tokens": 77}),
+        json.dumps({"file": "results/paper/style/a/b/seed0/lora/w.bin", "rate": "12 pictures/s", "kl": "1e-05/step"}),
+        "license_link: https://huggingface.co/a/b\nbase_model:\n- a/b\n- ./my_unet\n",
+        "about ~12/s, -1/2, a//b, 3:1/2; s3://bucket/a/b and https://x.org:8080/a/b",
+        "see ../results/README.md: it is a token/key of `x: y`",
     ],
 )
 def test_what_a_card_says_is_no_leak(text):
@@ -393,6 +398,17 @@ def test_what_a_card_says_is_no_leak(text):
         ("(/" + "scratch/me/)", "an absolute path"),
         ("~/" + "models/x", "a path of a home"),
         ("C:\\" + "Users\\me", "a path of a home"),
+        ("C:" + "/Users", "a path of a home"),
+        ("nas01:/" + "export/me/x", "an absolute path"),
+        ("disk:/" + "home/me/x", "an absolute path"),
+        ("gcc -I/" + "home/me/x", "an absolute path"),
+        ("//nas" + "/share/me", "an absolute path"),
+        ("\\\\nas" + "\\share\\me", "a path of a network"),
+        ("../../" + "home/me/x", "a path out of the folder"),
+        ("../" + "home/me/x", "a path out of the folder"),
+        ("http://me:pw@" + "host/x", "an address with an account, http://...@"),
+        ("https://me:pw@" + "host.org/x", "an address with an account, https://...@"),
+        ("WANDB_API_KEY=" + "0a" * 20, "a token, 0a0a0a..."),
         ("file://x", "a path of a home"),
         ("write to me@example.org", "a mail address"),
         ("token: hf_" + "a" * 30, "a token"),
@@ -401,6 +417,53 @@ def test_what_a_card_says_is_no_leak(text):
 )
 def test_every_kind_of_leak_is_seen(text, named):
     assert leaks(text) and leaks(text)[0].startswith(named)
+
+
+SAID = "error:\n/" + "home/me/x"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps({"a": SAID}),
+        json.dumps({"a": [{"b": SAID.replace("\n", "\t")}]}),
+        json.dumps({SAID: 1}),
+        json.dumps({"a": json.dumps({"b": SAID})}),
+        '{"a": "x", ' + json.dumps({"a": SAID})[1:-1] + ', "a": "y"}',  # a reader would keep the last alone
+        json.dumps({"a": 1}) + "\n" + json.dumps({"b": SAID}) + "\n",
+        "a: 1\nb: " + json.dumps(SAID) + "  # YAML\n",
+        "---\nname: " + json.dumps(SAID) + "\n---\n\n# A card\n",
+    ],
+    ids=["JSON", "tab", "key", "JSON in JSON", "twice", "JSONL", "YAML", "card"],
+)
+def test_what_stands_behind_an_escape_is_seen(text):
+    assert SAID not in text and leaks(text) == ["an absolute path, /" + "home/me/x"]
+
+
+def test_what_is_beside_the_texts_of_a_file_is_seen():
+    assert leaks("a: 1  # of /" + "home/me/x\n") and leaks('{"a": 1}\n{"b": "/' + "home/me")  # a line that is cut off
+    assert leaks(json.dumps({"wandb": {"api_key": "0a" * 20}})) == ["a token, 0a0a0a..."]
+    assert leaks(json.dumps({"share": "\\\\nas\\share"})) == ["a path of a network, \\\\nas\\share"]
+
+
+def test_the_short_name_of_the_host_is_seen(monkeypatch):
+    monkeypatch.setattr(leaks_module.platform, "node", lambda: "gpu7.cluster.example.edu")
+    assert leaks("on gpu7") == ["this machine's name, gpu7"] and leaks("gpu77, 7") == []
+    for nobody in ("10.0.0.5", "localhost.localdomain", "gpu.example.edu"):
+        monkeypatch.setattr(leaks_module.platform, "node", lambda name=nobody: name)
+        assert leaks("10 pictures on a gpu of localhost") == []
+
+
+def test_secrets_of_the_environment_are_seen_word_for_word_and_not_repeated(monkeypatch):
+    for name in ("WANDB_API_KEY", "My_Secret", "SOME_TOKEN"):
+        monkeypatch.setenv(name, "5ec3e7" * 3)
+        said = leaks(json.dumps({"a": "by " + "5ec3e7" * 3}))
+        assert said == [f"the value of {name}, a variable of this environment"]
+        monkeypatch.setenv(name, "short")
+        assert leaks("short") == []
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("KEY_OF_DATA", "preference")  # a word of every record
+    assert leaks("task: preference") == []
 
 
 def test_host_account_and_the_token_of_the_login_are_seen(monkeypatch):
