@@ -12,12 +12,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pso.entries import UNTUNED, ClaimEntry, Config, MethodEntry, ModelEntry, Row, TableEntry
+from pso.entries import UNTUNED, ClaimEntry, Config, MethodEntry, ModelEntry, Row, TableEntry, is_outside
 from pso.provenance import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA_DIR = ROOT / "workflow" / "schemas"
-OUTSIDE = ("/", "./", "../")  # how a folder of the user's own begins, in place of a repository
 NUM_TIMES = 1000  # of SDXL's schedule: t = 0..999
 STOCHASTIC = ("renoise", "ancestral")  # samplers whose transitions have a density
 
@@ -105,7 +104,7 @@ def check_repositories(config: Config) -> None:
     entries = config.repositories
     named = {*entries, *(mirror for entry in entries.values() for mirror in entry.mirrors)}
     for field, repo in _repositories(config):
-        if repo is not None and not repo.startswith(OUTSIDE) and repo not in named:
+        if repo is not None and not is_outside(repo) and repo not in named:
             raise ConfigError(
                 f"{field} is {shown(repo)}, which has no entry in repositories.yaml; add one: its files, size_gb and "
                 "licence."

@@ -4,15 +4,43 @@ Pydantic with unknown keys refused and no silent conversion; the one source of t
 Torch-free. `pso.config` reads and checks the files.
 """
 
+import os
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PlainSerializer, PositiveFloat, PositiveInt, SerializationInfo
 
+from pso.paths import RESULTS
 from pso.standin_entries import Fit, StandIn
 from pso.strict import Name, Strict, WholeNumber
 
 COMMIT = r"^[0-9a-f]{7,40}$"  # or its beginning; the name of a branch or tag holds nothing fast
 UNTUNED = "untuned"  # the method of a row in which nothing was trained
+OUTSIDE = ("/", "./", "../")  # how a folder of the user's own begins, in place of a repository
+PATHS = {"paths": True}  # context of a dump that is not published: with the paths of such folders
+
+# ---- repositories, and folders of the user's own ----
+
+
+def is_outside(repo: str) -> bool:
+    """Whether a `repo` is a folder of the user's own and no repository of the hub."""
+    return repo.startswith(OUTSIDE)
+
+
+def told_folder(repo: str) -> str:
+    """A `repo` as records tell it: of a folder of the user's own the name alone, as ./name, which stays none of the
+    hub's. One of results/ is told whole, as every run is."""
+    if not is_outside(repo):
+        return repo
+    place = Path(os.path.normpath(repo))
+    return f"./{place if place.parts[:1] == RESULTS.parts else Path(repo).resolve().name}"
+
+
+def _dumped(repo: str, info: SerializationInfo) -> str:
+    return repo if info.context == PATHS else told_folder(repo)
+
+
+Repo = Annotated[str, PlainSerializer(_dumped, return_type=str)]  # a repository, or a folder of the user's own
 
 # ---- what methods take (each method's own Config derives from one of these) ----
 
@@ -63,13 +91,13 @@ class TuneConfig(Strict):
 class UNetSource(Strict):
     """A UNet in the hub: a state dict on the base's architecture (`file`), or a diffusers folder with its config."""
 
-    repo: str
+    repo: Repo
     file: str | None = None
     subfolder: str | None = None  # of the diffusers folder; None: the repository itself
 
 
 class Lora(Strict):
-    repo: str
+    repo: Repo
     file: str
     scale: float = 1.0  # beside the alpha that the file carries
 
@@ -77,7 +105,7 @@ class Lora(Strict):
 class Delta(UNetSource):
     """scale * (this UNet - the UNet of the pipeline `minus`)."""
 
-    minus: str
+    minus: Repo
     scale: float = 1.0
 
 
@@ -85,14 +113,14 @@ class ModelEntry(Strict):
     """models.yaml: one model as it is sampled. Its weights are (unet or base's) + sum of deltas + sum of loras."""
 
     title: str
-    base: str  # repository of a diffusers SDXL pipeline
+    base: Repo  # repository of a diffusers SDXL pipeline
     unet: UNetSource | None = None  # in place of the base's
     deltas: list[Delta] = []
     loras: list[Lora] = []
-    vae: str | None = None
+    vae: Repo | None = None
     # Repository of an AutoencoderTiny, which decodes in its place for rewards in training and for probes: faster, and
     # other pictures, so some pairs are ranked the other way round (labels). Never for pictures that are reported.
-    preview_vae: str | None = None
+    preview_vae: Repo | None = None
     sampler: Literal["renoise", "ancestral", "ddim", "euler"]
     grids: dict[WholeNumber, list[int] | Literal["leading", "trailing"]]  # steps -> times, falling
     guidance_scale: Annotated[float, Field(ge=0)]
@@ -121,9 +149,9 @@ class MethodEntry(Strict):
 
 
 class Checkpoint(Strict):
-    repo: str
+    repo: Repo
     file: str | None = None
-    processor: str | None = None  # repository of tokenizer and image settings, where another
+    processor: Repo | None = None  # repository of tokenizer and image settings, where another
     revision: str | None = None  # of the repository, where known
     sha256: str | None = None  # of `file`, where known; checked on loading
 

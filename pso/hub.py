@@ -9,8 +9,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from pso.checks import OUTSIDE
-from pso.entries import DatasetEntry
+from pso.entries import DatasetEntry, is_outside
 from pso.paths import RESULTS, scale_dir
 from pso.provenance import UserError, sha256_of
 
@@ -19,17 +18,13 @@ def hub_dir(scale: str, results: Path = RESULTS) -> Path:
     return scale_dir(scale, results) / "hub"
 
 
-def is_outside(repo: str) -> bool:
-    """Whether a data set's `repo` is a folder of the user's own and no repository of the hub."""
-    return repo.startswith(OUTSIDE)
-
-
 def recorded(entry: DatasetEntry) -> dict:
     """The entry for run.json, which tells of a folder of the user's own only the name."""
-    return entry.model_dump() | {"repo": _name(entry.repo)}
+    return entry.model_dump() | {"repo": name_of(entry.repo)}
 
 
-def _name(repo: str) -> str:
+def name_of(repo: str) -> str:
+    """As the inputs of a record call a repository, or a folder of the user's own."""
     return Path(repo).resolve().name if is_outside(repo) else repo
 
 
@@ -49,14 +44,14 @@ class Hub:
 
     def __init__(self, root: Path, command: str = "snakemake hub"):
         self.root, self.command = Path(root), command
-        self.used: dict[tuple[str, str], Path] = {}
+        self.used: dict[tuple[str, str, str], Path] = {}  # name, file, folder: two folders may have one name
         self._whole: set[str] = set()  # repositories whose fetched files are all there
 
     def repo(self, repo: str) -> Path:
         """The folder of a repository."""
         path = self._place(repo)
         if not path.is_dir() and is_outside(repo):
-            raise UserError(f"{repo} is not a folder; correct the `repo` of the data set, or mount what it names.")
+            raise UserError(f"{repo} is not a folder; correct its `repo` in the configuration, or mount what it names.")
         if not path.is_dir():
             raise UserError(f"repository {repo} is not in the hub {self.root}; `{self.command}` makes it.")
         self._check_whole(repo)
@@ -101,13 +96,13 @@ class Hub:
 
     def read(self, repo: str, paths: Iterable[Path]) -> None:
         """Remember files of a repository that were found by other means."""
-        name, place = _name(repo), self._place(repo)
-        self.used |= {(name, str(path.relative_to(place))): path for path in paths}
+        name, place = name_of(repo), self._place(repo)
+        self.used |= {(name, str(path.relative_to(place)), str(place)): path for path in paths}
 
     def _where(self, repo: str) -> str:
         """The end of a sentence about something that is not there."""
         if is_outside(repo):
-            return "; put it there, or correct `files` of the data set."
+            return "; put it there, or correct its name in the configuration."
         return f" in the hub {self.root}; `{self.command}` makes it."
 
     def _place(self, repo: str) -> Path:
@@ -119,7 +114,7 @@ class Hub:
 
     def inputs(self) -> list[dict]:
         """What was used: repository, file, sha256 and, of a fetched repository, its commit, for run.json."""
-        return [self.told(repo, name, path) for (repo, name), path in sorted(self.used.items())]
+        return [self.told(repo, name, path) for (repo, name, _), path in sorted(self.used.items())]
 
     def told(self, repo: str, name: str, path: Path) -> dict:
         """Of a fetched file what was checked then, unless it was written since: 30 GB are not read for every job. Of

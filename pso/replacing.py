@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from pso.entries import Config
+from pso.entries import PATHS, Config
 
 NAMED_IN = ("datasets", "models", "metrics")
 
@@ -12,7 +12,7 @@ def replacement(config: Config, old: str, new: str) -> list[str]:
     """Settings for Snakemake's --config, such as datasets={pickapic_v2: {repo: owner/copy}}: all places with `old`."""
     found = []
     for kind in NAMED_IN:
-        entries = {name: entry.model_dump(mode="json") for name, entry in getattr(config, kind).items()}
+        entries = {name: entry.model_dump(mode="json", context=PATHS) for name, entry in getattr(config, kind).items()}
         changed = _changed(entries, old, new)
         if changed is not None:
             found.append(f"{kind}={_flow(changed)}")

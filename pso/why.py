@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from pso.entries import Config
-from pso.hub import Hub, is_outside, recorded
+from pso.hub import Hub, is_outside, name_of
 from pso.params import kept_params, run_modules
 from pso.paths import RESULTS, scale_dir
 from pso.provenance import UserError, fingerprints, sha256_of, versions
+from pso.steps import metric_repositories, model_repositories
 
 ABSENT = object()
 GROUPS = ("Settings", "Code", "Inputs")  # what makes a run stale
@@ -87,20 +88,33 @@ def code(record: dict, config: Config) -> list[str]:
 
 def inputs(record: dict, config: Config, root: Path) -> tuple[list[str], list[str]]:
     """Files that are no longer what was read, and those that cannot be looked up; root: the scale's folder."""
-    hub = Hub(root / "hub")
-    own = {recorded(entry)["repo"]: Path(entry.repo) for entry in config.datasets.values() if is_outside(entry.repo)}
+    hub, own = Hub(root / "hub"), _own_folders(record, config)
     found, unseen = [], []
     for entry in record["inputs"]:
         repo, name = entry.get("repo"), entry["file"]
-        folder = root if repo is None else own.get(repo, root / "hub" / repo)
-        path, shown = folder / name, name if repo is None else f"{repo}: {name}"
+        folders = [root] if repo is None else own.get(repo, [root / "hub" / repo])
+        shown = name if repo is None else f"{repo}: {name}"
         if name.endswith(" pictures"):
             unseen.append(f"`{shown}`, kept by a digest of all together")
-        elif not path.is_file():
+        elif not (paths := [folder / name for folder in folders if (folder / name).is_file()]):
             found.append(f"`{shown}`: missing")
-        elif (now := _digest(hub, repo, name, path)) != entry["sha256"] and not _only_grown(path, entry):
-            found.append(f"`{shown}`: sha256 {entry['sha256'][:12]} -> {now[:12]}")
+        elif entry["sha256"] not in (now := [_digest(hub, repo, name, path) for path in paths]) and not _only_grown(
+            paths[0], entry
+        ):
+            found.append(f"`{shown}`: sha256 {entry['sha256'][:12]} -> {now[0][:12]}")
     return found, unseen
+
+
+def _own_folders(record: dict, config: Config) -> dict[str, list[Path]]:
+    """Folders of the user's own by the name that inputs tell of them, which two may share."""
+    who, found = identity(record), {}
+    repos = [entry.repo for entry in config.datasets.values()]
+    repos += model_repositories(config, who["model"]) if who["model"] in config.models else []
+    judges = config.methods[who["method"]].metrics if who["method"] in config.methods else []
+    repos += [repo for name in judges for repo in metric_repositories(config, name)]
+    for repo in filter(is_outside, dict.fromkeys(repos)):
+        found.setdefault(name_of(repo), []).append(Path(repo))
+    return found
 
 
 def _digest(hub: Hub, repo: str | None, name: str, path: Path) -> str:

@@ -425,6 +425,12 @@ def test_a_replacement_is_what_settings_take(paper):
     assert back == str(paper.models)
 
 
+def test_a_replacement_leaves_a_folder_of_ones_own_where_it_is():
+    loras = [{"repo": repo, "file": "w"} for repo in ("tianweiy/DMD2", "../mine/lora")]
+    config = load({"scale": "paper", "models": {"sdxl_turbo": {"loras": loras}}})
+    assert any("{repo: ../mine/lora, file: w" in one for one in replacement(config, "tianweiy/DMD2", "copy/DMD2"))
+
+
 def test_an_entry_that_is_back_is_fetched(hub, paper, tmp_path):
     hub.repo(NAME).commit(FILES)
     config = with_entries(paper, acme__model=entry(gone="404 since long ago", mirrors=["copy/model"]))

@@ -96,3 +96,14 @@ def test_a_folder_of_ones_own_is_told_by_its_name_alone(tmp_path):
     assert "secret" not in told and '"repo": "pickapic"' in told
     with pytest.raises(UserError, match="is not a folder"):
         hub.files(str(tmp_path / "gone"), "*")
+
+
+def test_two_folders_of_one_name_are_both_told(tmp_path):
+    """Every run's LoRA lies in a folder called lora."""
+    hub, written = Hub(tmp_path / "nowhere"), {}
+    for content in "ab":
+        file = tmp_path / content / "lora" / "w.bin"
+        file.parent.mkdir(parents=True)
+        file.write_text(content)
+        written[hub.file(str(file.parent), "w.bin")] = sha256_of(file)
+    assert hub.inputs() == [{"repo": "lora", "file": "w.bin", "sha256": sha256} for sha256 in written.values()]

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -34,6 +35,8 @@ from pso.provenance import (
     sha256_of,
     write_json,
 )
+from pso.trackers import hyperparameters
+from pso.tune import Run, decided_by, resolved
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -383,6 +386,17 @@ def test_a_record_names_no_host_user_home_or_folder(written, tmp_path):
         assert secret == "/" or secret not in text, secret
     for secret in (socket.gethostname(), socket.getfqdn(), getpass.getuser()):
         assert not re.search(rf"\b{re.escape(secret)}\b", text), secret
+
+
+def test_weights_in_a_folder_of_ones_own_are_told_by_name_in_records_and_to_trackers(tmp_path):
+    own = {"repo": str(tmp_path / "my_unet"), "file": "w.bin"}
+    weights = {"unet": own, "loras": [own], "deltas": [{**own, "minus": own["repo"]}], "vae": own["repo"]}
+    config = load({"scale": "smoke", "models": {"sdxl_dmd2": {**weights, "preview_vae": own["repo"]}}})
+    run = Run(config, "preference", "sdxl_dmd2", "pso_offline", 0, tmp_path, tmp_path)
+    settings = resolved(run, SimpleNamespace(cfg=run.entry.tune))  # any settings in place of the objective's
+    assert settings["model"]["sdxl_dmd2"]["unet"] == {"repo": "./my_unet", "file": "w.bin", "subfolder": None}
+    found = {**record("tune", settings, [], Meter(), **decided_by(run)), "trackers": hyperparameters(settings)}
+    assert json.dumps(found).count("./my_unet") >= 15 and str(tmp_path) not in json.dumps(found)
 
 
 def test_a_record_holds_no_value_of_the_environment_that_looks_secret(written, monkeypatch):

@@ -10,8 +10,9 @@ from toy import TIMES
 
 from pso import provenance, why
 from pso.config import load
+from pso.entries import told_folder
 from pso.mdp import Renoise
-from pso.params import kept_params, run_modules
+from pso.params import kept_params, model_params, pair_params, run_modules, run_params
 from pso.provenance import UserError, fingerprints, sha256_of, versions
 
 METHOD, MODEL = "pso_offline", "sdxl_dmd2"
@@ -164,6 +165,51 @@ def test_a_folder_of_the_users_own_is_found_by_the_config_and_never_named_in_the
     found = said(config, made(record(PAPER) | {"inputs": inputs}))
     assert found[0].startswith("`mine: metadata.jsonl`: sha256 000000000000 -> ")
     assert found[1] == "`mine: .: 3 pictures`, kept by a digest of all together"
+
+
+def with_unet(folder: Path, content: str):
+    """A configuration whose model has its UNet from a folder with one file."""
+    folder.mkdir(parents=True)
+    (folder / "w.bin").write_text(content)
+    return load({"scale": "paper", "models": {MODEL: {"unet": {"repo": str(folder), "file": "w.bin"}}}})
+
+
+def test_weights_of_the_users_own_are_kept_by_name_and_told_apart_by_path_and_files(made, tmp_path):
+    one, other = (with_unet(tmp_path / name / "my_unet", name) for name in ("one", "other"))
+    assert kept_params(one, MODEL, METHOD) == kept_params(other, MODEL, METHOD)
+    assert kept_params(one, MODEL, METHOD)["model"]["unet"]["repo"] == "./my_unet"
+    assert str(tmp_path) not in json.dumps(kept_params(one, MODEL, METHOD))
+    assert run_params(one, MODEL, METHOD) != run_params(other, MODEL, METHOD)  # what Snakemake compares
+    told = {"repo": "my_unet", "file": "w.bin", "sha256": sha256_of(tmp_path / "one/my_unet/w.bin")}
+    folder = made(record(one) | {"inputs": [told]})
+    assert said(one, folder) == []
+    (line,) = said(other, folder)
+    assert line.startswith(f"`my_unet: w.bin`: sha256 {told['sha256'][:12]} -> ")
+    (tmp_path / "one/my_unet/w.bin").unlink()
+    assert said(one, folder) == ["`my_unet: w.bin`: missing"]
+
+
+def test_a_base_of_the_users_own_is_a_path_to_the_workflow_and_a_name_in_dumps(tmp_path):
+    own = load({"scale": "paper", "models": {MODEL: {"base": "/" + "srv/me/base"}}})
+    for found in (model_params(own, MODEL), pair_params(own, MODEL, "pickapic_v2")):
+        assert found["base"] == "/" + "srv/me/base"
+    assert own.models[MODEL].model_dump()["base"] == "./base"
+    for name, entry in PAPER.models.items():  # nothing that is finished gets stale
+        assert model_params(PAPER, name) == entry.model_dump(exclude={"title"})
+
+
+@pytest.mark.parametrize(
+    ("repo", "told"),
+    [
+        ("owner/name", "owner/name"),
+        ("../above/my_unet/", "./my_unet"),
+        ("./results/paper/style/m/pso/seed0/lora", "./results/paper/style/m/pso/seed0/lora"),
+        ("./results/../secret/my_unet", "./my_unet"),
+        ("/" + "srv/results/x", "./x"),
+    ],
+)
+def test_a_folder_of_results_is_told_whole_and_every_other_by_its_name(repo, told):
+    assert told_folder(repo) == told and told_folder(told) == told
 
 
 def test_other_versions_are_told_and_are_no_reason(made):

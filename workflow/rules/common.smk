@@ -4,7 +4,7 @@ from pso.checks import PAIRS
 from pso.config import job_environment, load
 from pso.entries import UNTUNED
 from pso.figures import KINDS, figure_names
-from pso.params import model_params, run_modules, run_params, scorer_params
+from pso.params import model_params, pair_params, run_modules, run_params, scorer_params
 from pso.paths import LORA_FILE, manifest, model_dir, reference_file
 from pso.provenance import UserError, fingerprint
 from pso.resources import Needs
@@ -104,13 +104,6 @@ def shown(path, caption, category, subcategory=None):
 
 
 # ---- inputs
-
-
-def pair_settings(model, dataset):
-    """A model as it encodes pictures, and as it is sampled where its samples are the references."""
-    if CONFIG.datasets[dataset].format == "imagefolder":
-        return model_params(CONFIG, model, CONFIG.models[model].tuned_steps)
-    return CONFIG.models[model].model_dump(include={"base", "vae", "resolution"})
 
 
 def tune_inputs(wildcards):

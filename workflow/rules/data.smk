@@ -29,7 +29,7 @@ rule latents:
         nodes=1,
     params:
         **CONFIG.scale_entry.model_dump(include={"dtype", "speed"}),
-        model=lambda w: pair_settings(w.model, w.dataset),
+        model=lambda w: pair_params(CONFIG, w.model, w.dataset),
         dataset=lambda w: CONFIG.datasets[w.dataset].model_dump(),
         code=fingerprint("pso.caches"),
     shell:
