@@ -1,16 +1,17 @@
 """The model card beside every LoRA: README.md in the run's lora/, which the Hub shows and reads. Torch-free.
 
     python -m pso.card                             all cards of the tables asked for
+    python -m pso.card --run RUN                   one run's, whether a table shows it or not
 
 What was trained is told from run.json, how good it is from the tables' csv, on what terms from repositories.yaml. A
-card that would not pass its own check (pso/card_metadata.py) is not written.
+card that would not pass its own check (pso/card_metadata.py) is not written. Scores are of tables that show the run; of
+one run alone a table may be lacking, and its card says so.
 """
 
 import argparse
 import ast
 import functools
 import importlib.util
-from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
@@ -18,15 +19,16 @@ import yaml
 
 from pso.campaign import Run, runs
 from pso.card_metadata import FEW_STEPS, base_models, metadata, problems
-from pso.card_scores import Block, blocks, eval_results
-from pso.config import add_arguments, check, from_arguments
+from pso.card_scores import Block, blocks, eval_results, showing, table_file
+from pso.config import add_arguments, load, published
 from pso.dreambooth import load_subject
-from pso.entries import Config, MethodEntry, ModelEntry
+from pso.entries import Config, ModelEntry
 from pso.hub import Hub, hub_dir
 from pso.licences import Licence, Source, inherited, sentence, sources
 from pso.paths import LORA_FILE, RESULTS, card_file, run_dir, subject_of
-from pso.provenance import ROOT, UserError, atomic, read_json, sentences, sha256_of
+from pso.provenance import ROOT, UserError, atomic, sentences, sha256_of
 from pso.templates import environment
+from pso.tuned import Tuned, run_of, tuned
 from pso.usage import call, code
 
 TEMPLATES = Path(__file__).parent  # card.md.j2, usage.py.j2
@@ -38,74 +40,6 @@ TASKS = {  # what a task is for, behind "tuned by X"
 }
 PROMPTS = {True: "a red circle on the left, black background", False: "an astronaut riding a horse on the beach"}
 FEW_PROMPTS = 100
-
-
-# ---- what was trained ----
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """A finished run as its run.json tells of it."""
-
-    run: Run
-    folder: Path
-    record: dict
-    model: ModelEntry
-    method: MethodEntry
-
-    @property
-    def lora(self) -> Path:
-        return self.folder / "lora" / LORA_FILE
-
-    @property
-    def steps(self) -> int:
-        return self.model.tuned_steps
-
-    @property
-    def dataset(self) -> dict:
-        return self.record["config"]["dataset"][self.method.data]
-
-    @property
-    def place(self) -> str:
-        """Its folder of the LoRA from the repository's root, wherever results lie."""
-        told = self.record["config"]
-        return str(
-            run_dir(told["scale"], *(getattr(self.run, k) for k in ("task", "model", "method", "seed"))) / "lora"
-        )
-
-
-def tuned(config: Config, run: Run, results: Path = RESULTS) -> Tuned:
-    """Read, or a sentence that says what makes it."""
-    folder = run_dir(config.scale, run.task, run.model, run.method, run.seed, results)
-    path, again = folder / "run.json", tune_command(config, run)
-    for needed in (path, folder / "lora" / LORA_FILE):
-        if not needed.is_file():
-            raise UserError(f"{needed} is not there, so the run is not finished; {again} makes it.")
-    record = read_record(path, run, again)
-    told = record["config"]
-    grids = {int(steps): grid for steps, grid in told["model"][run.model]["grids"].items()}  # JSON's keys are texts
-    model = check(ModelEntry, told["model"][run.model] | {"grids": grids}, f"{path}: config.model.{run.model}")
-    method = check(MethodEntry, told["method"][run.method], f"{path}: config.method.{run.method}")
-    return Tuned(run, folder, record, model, method)
-
-
-def read_record(path: Path, run: Run, again: str) -> dict:
-    """run.json, with all that a card tells of it."""
-    record = read_json(path, f"{again} makes it anew")
-    told, needed = record.get("config", {}), ("config", "code", "versions", "data", "lora_parameters")
-    absent = [key for key in needed if key not in record]
-    named = (("model", run.model), ("method", run.method))
-    absent += [f"config.{key}.{name}" for key, name in named if name not in told.get(key, {})]
-    if absent:
-        raise UserError(f"{path} lacks {', '.join(absent)}; {again} makes it anew.")
-    return record
-
-
-def tune_command(config: Config, run: Run) -> str:
-    return (
-        f"`python -m pso.tune --task {run.task} --model {run.model} --method {run.method} --seed {run.seed} "
-        f'--set \'{{"scale": "{config.scale}"}}\'`'
-    )
 
 
 # ---- in words ----
@@ -243,11 +177,10 @@ def limits(config: Config, told: Tuned, shown: list[Block]) -> list[str]:
 
 def licence_told(licence: Licence, found: list[Source], is_toy: bool) -> str:
     strict = [source for source in found if source.non_commercial]
-    told = (
-        f"`{licence.id}`: the terms of the weights that it was trained on go with it."
-        if licence.name is None
-        else f"`{licence.id}` ([{licence.name}]({licence.link})): the terms of everything below hold together."
-    )
+    told = f"`{licence.id}`: the terms of the weights that it was trained on go with it."
+    if licence.name is not None:
+        named = f"[{licence.name}]({licence.link})" if licence.link else licence.name
+        told = f"`{licence.id}` ({named}): the terms of everything below hold together."
     if strict:
         told += f" **No commercial use**: {', '.join(dict.fromkeys(source.repo for source in strict))}."
     if is_toy:
@@ -276,10 +209,12 @@ def citation() -> tuple[dict, str]:
     return told, f"@inproceedings{{{key},\n{body}}}"
 
 
-def text_of(config: Config, run: Run, results: Path = RESULTS, place: str | None = None) -> str:
-    """The card; place: of the LoRA in its code, a folder or a repository of the Hub (default: the run's folder)."""
+def text_of(config: Config, run: Run, results: Path = RESULTS, place: str | None = None, unscored: bool = False) -> str:
+    """The card; place: of the LoRA in its code, a folder or a repository of the Hub (default: the run's folder);
+    unscored: tables that are not made yet are named, else refused."""
     told = tuned(config, run, results)
-    shown = blocks(config, run, results, sha256 := sha256_of(told.lora))
+    lacking = [name for name in showing(config, run) if unscored and not table_file(config, results, name).is_file()]
+    shown = blocks(config, run, results, sha256 := sha256_of(told.lora), without=lacking)
     found = sources(config, told.model, told.method, told.dataset["repo"])
     licence, called = inherited(found), instance_prompt(config, told, results)
     title = title_of(config, told)
@@ -297,6 +232,7 @@ def text_of(config: Config, run: Run, results: Path = RESULTS, place: str | None
             **made_by(config, told),
             sha256=sha256,
             composition=composition(told),
+            folders=list(dict.fromkeys(f"`{source.repo}`" for source in found if source.outside)),
             guidance=guidance(told.model),
             place=place or told.place,
             call=call(told.model, told.steps, prompt),
@@ -305,6 +241,7 @@ def text_of(config: Config, run: Run, results: Path = RESULTS, place: str | None
             dataset=told.dataset,
             counts=counts(told),
             blocks=shown,
+            lacking=lacking,
             reward=told.method.reward,
             limits=limits(config, told, shown),
             licence_told=licence_told(licence, found, is_toy),
@@ -313,7 +250,7 @@ def text_of(config: Config, run: Run, results: Path = RESULTS, place: str | None
             **code(config, told.model, told.steps),
         )
     )
-    if wrong := problems(text, base_models(found)):
+    if wrong := problems(text, base_models(found), licence.linked):
         raise UserError(f"the card of {told.folder} {wrong[0]}; correct the entries of its model and repositories.")
     return text
 
@@ -364,12 +301,12 @@ def instance_prompt(config: Config, told: Tuned, results: Path) -> dict[str, str
     return {"instance_prompt": found.instance_prompt}
 
 
-def write(config: Config, results: Path = RESULTS) -> list[Path]:
-    """All of the tables asked for; the files."""
+def write(config: Config, results: Path = RESULTS, run: Run | None = None) -> list[Path]:
+    """All of the tables asked for, or one run's; the files."""
     found = []
-    for run in runs(config):
-        path = card_file(run_dir(config.scale, run.task, run.model, run.method, run.seed, results))
-        text = text_of(config, run, results)
+    for one in runs(config) if run is None else [run]:
+        path = card_file(run_dir(config.scale, one.task, one.model, one.method, one.seed, results))
+        text = text_of(config, one, results, unscored=run is not None)
         with atomic(path) as part:
             part.write_text(text)
         found.append(path)
@@ -379,12 +316,18 @@ def write(config: Config, results: Path = RESULTS) -> list[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of all results")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of all results; that of RUN is known")
+    parser.add_argument("--run", type=Path, metavar="RUN", help="a run's folder: its card alone")
     args = parser.parse_args()
     with sentences("card"):
-        config = from_arguments(args)
-        found = write(config, args.results)
-        print(f"wrote {len(found)} model cards, {Path(args.results) / config.scale}/*/*/*/*/lora/README.md")
+        settings, results, run = args.set, args.results, None
+        if args.run is not None:
+            scale, run, results = run_of(args.run, list(published("scales", args.set, args.config_dir)))
+            settings = {**args.set, "scale": scale}
+        config = load(settings, args.config_dir)
+        found = write(config, results, run)
+        every = f"{len(found)} model cards, {results / config.scale}/*/*/*/*/lora/README.md"
+        print(f"wrote {every if run is None else found[0]}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from pso.licences import KNOWN, Licence, Source
 
@@ -19,7 +21,7 @@ def metadata(
 ) -> ModelCardData:
     bases = base_models(found)
     return ModelCardData(
-        base_model=bases[0] if len(bases) == 1 else bases,
+        base_model=bases[0] if len(bases) == 1 else bases or None,
         base_model_relation=RELATION,
         library_name=LIBRARY,
         pipeline_tag=PIPELINE,
@@ -35,18 +37,20 @@ def metadata(
 
 
 def base_models(found: list[Source]) -> list[str]:
-    """What the LoRA goes onto, the pipeline first."""
-    return list(dict.fromkeys(source.repo for source in found if source.weights))
+    """What of the Hub the LoRA goes onto, the pipeline first."""
+    return list(dict.fromkeys(source.repo for source in found if source.weights and not source.outside))
 
 
-def problems(text: str, bases: list[str]) -> list[str]:
-    """What is wrong with a card's metadata, each as the end of a sentence about the card; bases: of the run."""
+def problems(text: str, bases: list[str], linked: bool = True) -> list[str]:
+    """What is wrong with a card's metadata, each as the end of a sentence about the card; bases: of the run; linked:
+    whether there is an address of its terms."""
     try:
         card = ModelCard(text, ignore_metadata_errors=False)
     except (ValueError, TypeError, yaml.YAMLError) as error:  # no YAML, or no model-index
         return [f"has metadata that huggingface_hub cannot read ({' '.join(str(error).split())[:200]})"]
     data, found = card.data, []
-    named = [data.base_model] if isinstance(data.base_model, str) else data.base_model
+    named = data.base_model or []
+    named = named if isinstance(named, list) else [named]
     expected = {
         "base_model": (named, bases),
         "base_model_relation": (data.get("base_model_relation"), RELATION),
@@ -54,15 +58,24 @@ def problems(text: str, bases: list[str]) -> list[str]:
         "pipeline_tag": (data.pipeline_tag, PIPELINE),
     }
     found += [f"has {key} {has!r}; expected {wanted!r}" for key, (has, wanted) in expected.items() if has != wanted]
+    found += [f"has base_model {base!r}, which is no repository's id" for base in named if not _is_id(base)]
     if data.license not in KNOWN:
         found.append(f"has license {data.license!r}; expected one of {', '.join(KNOWN)}")
-    if data.license == "other" and not (_text(data.license_name) and _link(data.license_link)):
+    if data.license == "other" and not (_text(data.license_name) and (_link(data.license_link) or not linked)):
         found.append("has license 'other' without license_name and a license_link that is an https address")
     if not {"lora", FAMILY} <= set(data.tags or []):
         found.append(f"has tags {data.tags!r}; expected lora and {FAMILY} among them")
     if not card.text.strip():
         found.append("says nothing below its metadata")
     return found
+
+
+def _is_id(repo: object) -> bool:
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _text(value: object) -> bool:

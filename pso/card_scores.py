@@ -1,7 +1,7 @@
 """The scores on a model card: rows of the tables asked for that show a run, beside its untuned model's. Torch-free."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,24 +73,39 @@ class Block:
         return f"{told}, the untuned model's by {cell.untuned[0]:.3f}: {less} before tuning."
 
 
-def blocks(config: Config, run: Run, results: Path, lora_sha256: str) -> list[Block]:
-    """In the order of tables, rows and eval sets; UserError where pictures were drawn with another LoRA."""
+def rows_of(table: TableEntry, run: Run) -> list[Row]:
+    return [row for row in table.shown_rows if (row.model, row.method) == (run.model, run.method)]
+
+
+def showing(config: Config, run: Run) -> list[str]:
+    """Tables asked for whose numbers are of a run, or means over it and others."""
+    if run.seed not in config.seeds:
+        return []
+    entries = {name: config.table_entries[name] for name in config.tables}
+    return [name for name, table in entries.items() if run.task in table.tasks and rows_of(table, run)]
+
+
+def blocks(config: Config, run: Run, results: Path, lora_sha256: str, without: Collection[str] = ()) -> list[Block]:
+    """In the order of tables, rows and eval sets; UserError where pictures were drawn with another LoRA. `without`:
+    tables that are left out."""
     found = []
-    for name in config.tables:
-        table = config.table_entries[name]
-        rows = [row for row in table.shown_rows if (row.model, row.method) == (run.model, run.method)]
-        if not rows or run.task not in table.tasks:
+    for name in showing(config, run):
+        if name in without:
             continue
-        frame = read_table(config, results, name)
-        for row in rows:
+        table, frame = config.table_entries[name], read_table(config, results, name)
+        for row in rows_of(table, run):
             for eval_set in table.eval_sets:
                 check_drawn(config, run, row, eval_set, results, lora_sha256)
                 found += _block(config, name, table, row, eval_set, frame)
     return found
 
 
+def table_file(config: Config, results: Path, name: str) -> Path:
+    return scale_dir(config.scale, results) / "tables" / f"{name}.csv"
+
+
 def read_table(config: Config, results: Path, name: str) -> pd.DataFrame:
-    path = scale_dir(config.scale, results) / "tables" / f"{name}.csv"
+    path = table_file(config, results, name)
     if not path.is_file():
         raise UserError(f"{path} is not there; `snakemake --cores 2 {name} --config scale={config.scale}` makes it.")
     return pd.read_csv(path)

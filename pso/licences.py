@@ -2,13 +2,14 @@
 
 A LoRA is a derivative of the weights that it was trained on, so their terms go with it. Where they are of one kind
 that the Hub knows, that is its licence; everywhere else it is `other`, with a name that lists them and a link to the
-strictest. A judge or a data set without a licence of its own is named, never guessed.
+strictest. A judge or a data set without a licence of its own is named, never guessed. Of a folder of the user's own
+nothing is known: where its terms are the strictest there is nothing to link to.
 """
 
 import re
 from dataclasses import dataclass
 
-from pso.entries import Config, MethodEntry, ModelEntry
+from pso.entries import Config, MethodEntry, ModelEntry, is_outside, told_folder
 from pso.provenance import UserError
 from pso.remote import Repository
 from pso.steps import metric_repositories
@@ -38,6 +39,11 @@ class Source:
     dataset: bool = False  # a data set of the Hub
     weights: bool = False  # the LoRA was trained on its weights
 
+    @property
+    def outside(self) -> bool:
+        """Whether it is a folder of the user's own."""
+        return is_outside(self.repo)
+
 
 def sources(config: Config, model: ModelEntry, method: MethodEntry, data: str) -> list[Source]:
     """Every repository that a run's LoRA comes from, weights first; data: the repository that its run.json names."""
@@ -58,18 +64,22 @@ def _source(config: Config, role: str, repo: str, weights: bool = False) -> Sour
     try:
         found = Repository.of(config, repo)
     except UserError:  # no entry, so nothing is known of it
-        return Source(role, repo, UNKNOWN, weights=weights)
+        return Source(role, told_folder(repo), UNKNOWN, weights=weights)
     entry = found.entry
     return Source(role, repo, entry.licence, entry.non_commercial, found.page, found.kind == "dataset", weights)
 
 
 @dataclass(frozen=True)
 class Licence:
-    """As a card's metadata say it; name and link where the id is `other`."""
+    """As a card's metadata say it; name and link where the id is `other`, no link where nothing can be linked to."""
 
     id: str
     name: str | None = None
     link: str | None = None
+
+    @property
+    def linked(self) -> bool:
+        return self.name is None or self.link is not None
 
 
 def inherited(found: list[Source]) -> Licence:
@@ -81,11 +91,14 @@ def inherited(found: list[Source]) -> Licence:
         return Licence(IDS[terms[0]])
     strictest = max(binding, key=lambda source: (source.non_commercial, source.licence not in IDS))
     name = "-and-".join(re.sub(r"[^a-z0-9.+-]+", "-", licence.lower()).strip("-") for licence in terms)
-    return Licence("other", name, strictest.page or f"https://huggingface.co/{strictest.repo}")
+    page = None if strictest.outside else strictest.page or f"https://huggingface.co/{strictest.repo}"
+    return Licence("other", name, page)
 
 
 def sentence(source: Source) -> str:
     """What is known of a repository's terms."""
+    if source.outside:
+        return "unknown: a folder of its maker's own"
     if source.licence == UNKNOWN:
         return "unknown: repositories.yaml has no entry of it"
     if source.licence.startswith(UNSTATED):

@@ -12,7 +12,6 @@ that holds a path, an account or a token of this machine.
 import argparse
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +22,16 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 from tabulate import tabulate
 
-from pso.campaign import Run
-from pso.card import Tuned, text_of, toy, tuned
+from pso.campaign import Run, runs
+from pso.card import text_of, toy
 from pso.card_metadata import base_models, problems
 from pso.config import ConfigError, add_arguments, load, published
 from pso.entries import Config
 from pso.leaks import leaks
-from pso.licences import inherited, sources
+from pso.licences import Licence, Source, inherited, sources
 from pso.paths import LORA_FILE, card_file
 from pso.provenance import UserError, sentences
+from pso.tuned import Tuned, run_of, tuned
 
 CARD = "README.md"
 LOG = "train.jsonl"
@@ -76,22 +76,23 @@ def plan(config: Config, run: Run, results: Path, repo_id: str | None, private: 
     head = check_weights(told)
     files, notes = texts(told)
     beside = card_file(told.folder)
-    again = f"`snakemake --cores 2 cards --config scale={config.scale}` writes it"
+    command = f"snakemake --cores 2 cards --config scale={config.scale}"
+    again = f"`{command if run in runs(config) else f'python -m pso.card --run {told.folder}'}` writes it"
     if not beside.is_file():
         raise UserError(f"{beside}, the model card, is not there; {again}.")
     card, found = beside.read_text(), sources(config, told.model, told.method, told.dataset["repo"])
+    licence = licensed(told, inherited(found), found)
     if wrong := problems(card, base_models(found)):
         raise UserError(f"{beside} {wrong[0]}; {again} anew.")
     seen = {str(told.lora): json.dumps(head), str(beside): card}
     check_leaks(seen | {file.source: file.content.decode() for file in files}, repo_id)
-    if card != text_of(config, run, results):
+    if card != text_of(config, run, results, unscored=True):
         raise UserError(
             f"{beside} does not tell of this LoRA, these settings and these tables, or was edited; {again} anew. Where "
             "the workflow was given settings, give them here by --set too."
         )
-    own = card if repo_id is None else text_of(config, run, results, place=repo_id)
+    own = card if repo_id is None else text_of(config, run, results, repo_id, unscored=True)
     lora = File(LORA_FILE, told.lora.read_bytes(), str(told.lora))
-    licence = inherited(found)
     strict = dict.fromkeys(f"{source.repo} ({source.licence})" for source in found if source.non_commercial)
     notes = [
         f"licence {licence.id}" + (f", {licence.name}, {licence.link}" if licence.name else ""),
@@ -101,6 +102,18 @@ def plan(config: Config, run: Run, results: Path, repo_id: str | None, private: 
     ]
     place = told.place.removeprefix("results/").removesuffix("/lora")
     return Plan(repo_id, private, place, [lora, File(CARD, own.encode(), str(beside)), *files], notes)
+
+
+def licensed(told: Tuned, licence: Licence, found: list[Source]) -> Licence:
+    """The licence, where its terms can be linked to."""
+    if licence.linked:
+        return licence
+    own = ", ".join(dict.fromkeys(source.repo for source in found if source.weights and source.outside))
+    raise UserError(
+        f"{told.folder} was trained on {own}, a folder of your own, whose terms nobody can look up; put its files "
+        f"into a repository of the Hub, name that in models.{told.run.model} and, with its licence, in "
+        "repositories.yaml, then train the run anew."
+    )
 
 
 def texts(told: Tuned) -> tuple[list[File], list[str]]:
@@ -147,23 +160,7 @@ def check_leaks(found: dict[str, str], repo_id: str | None) -> None:
             raise UserError(f"{path} holds {leak[0]}, which is nobody's business; take it out, or train the run anew.")
 
 
-# ---- a run by its folder ----
-
-
-def run_of(folder: Path, scales: list[str]) -> tuple[str, Run, Path]:
-    """Scale, run and results folder by the path grammar; a task with a subject has one folder more."""
-    parts = Path(os.path.abspath(folder)).parts
-    for depth in (1, 2):
-        place = len(parts) - 3 - depth - 1
-        if place < 1 or parts[place] not in scales or not parts[-1].removeprefix("seed").isdigit():
-            continue
-        task = "/".join(parts[place + 1 : place + 1 + depth])
-        run = Run(task, parts[-3], parts[-2], int(parts[-1].removeprefix("seed")))
-        return parts[place], run, Path(os.path.relpath(Path(*parts[:place])))
-    raise ConfigError(
-        f"RUN is {str(folder)!r}; expected the folder of a run, results/{{scale}}/{{task}}/{{model}}/{{method}}/"
-        "seed{seed}, such as results/miniature/preference/sdxl_dmd2/pso_offline/seed0."
-    )
+# ---- what was asked for ----
 
 
 def checked_id(repo_id: str | None) -> str | None:

@@ -5,7 +5,7 @@ tests/test_card.py runs the blocks of a card and holds the picture against ours.
 
 from dataclasses import dataclass
 
-from pso.entries import Config, ModelEntry, UNetSource
+from pso.entries import Config, ModelEntry, UNetSource, is_outside
 from pso.hub import hub_dir
 from pso.provenance import UserError
 from pso.steps import published_entry
@@ -21,7 +21,8 @@ SHORT, LONG = "torch.float16", "torch.float32"  # the mended VAE was made for th
 
 @dataclass(frozen=True)
 class Places:
-    """Where a card's code finds repositories: on the Hub, or in a hub of ours, which is a folder of the repository."""
+    """Where a card's code finds repositories: on the Hub, or in a hub of ours, which is a folder of the repository. A
+    folder of the user's own is where it says."""
 
     config: Config
 
@@ -39,12 +40,18 @@ class Places:
 
     def repo(self, name: str) -> str:
         """As a Python text."""
-        return _quoted(f"{hub_dir(self.config.scale)}/{name}" if self.local else name)
+        return _quoted(self._folder(name) or name)
 
     def file(self, repo: str, name: str) -> str:
-        if self.local:
-            return _quoted(f"{hub_dir(self.config.scale)}/{repo}/{name}")
+        if (folder := self._folder(repo)) is not None:
+            return _quoted(f"{folder}/{name}")
         return f"hf_hub_download({_quoted(repo)}, {_quoted(name)})"
+
+    def _folder(self, repo: str) -> str | None:
+        """None: it is fetched."""
+        if is_outside(repo):
+            return repo
+        return f"{hub_dir(self.config.scale)}/{repo}" if self.local else None
 
     def variant(self, repo: str) -> str:
         """The argument that asks for the files which the scale fetches."""
@@ -82,7 +89,7 @@ def code(config: Config, model: ModelEntry, steps: int) -> dict:
     """What usage.py.j2 is filled with; steps: of the sampler's grid."""
     places = Places(config)
     unets = [part for part in (model.unet, *model.deltas) if part is not None]
-    files = [part.file for part in unets if part.file]
+    files = [part for part in unets if part.file]
     grid = model.grids[steps]
     scheduler = SCHEDULERS[model.sampler]
     classes = {scheduler, "StableDiffusionXLPipeline"}
@@ -93,8 +100,8 @@ def code(config: Config, model: ModelEntry, steps: int) -> dict:
     return {
         "places": places,
         "imports": sorted(classes),
-        "downloads": bool(files) and not places.local,
-        "safetensors": any(name.endswith(".safetensors") for name in files),
+        "downloads": not places.local and not all(is_outside(part.repo) for part in files),
+        "safetensors": any(part.file.endswith(".safetensors") for part in files),
         "unet": places.unet(model.unet) if whole else None,
         "state_file": places.file(model.unet.repo, model.unet.file) if model.unet is not None and not whole else None,
         "state": read("file", model.unet.file) if model.unet is not None and not whole else None,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -124,6 +125,7 @@ WRONG = [
     (r"^license_link: .*\n", "license_link: LICENSE\n", "without license_name and a license_link"),
     (r"^- tianweiy/DMD2\n", "", "has base_model ['stabilityai/stable-diffusion-xl-base-1.0']; expected"),
     (r"^- tianweiy/DMD2\n", "- tianweiy/DMD\n", "has base_model"),
+    (r"^- tianweiy/DMD2\n", "- ./my_unet\n", "has base_model"),
     (r"^base_model_relation: adapter\n", "base_model_relation: finetune\n", "has base_model_relation 'finetune'"),
     (r"^library_name: diffusers\n", "", "has library_name None; expected 'diffusers'"),
     (r"^pipeline_tag: text-to-image\n", "", "has pipeline_tag None"),
@@ -141,6 +143,12 @@ def test_wrong_metadata_are_named(tmp_path, paper, pattern, instead, named):
     wrong = re.sub(pattern, instead, text, count=1, flags=re.MULTILINE)
     assert wrong != text
     assert named in problems(wrong, bases)[0]
+
+
+@pytest.mark.parametrize("base", ["./my_unet", "/" + "data/me/unet", "a/b/c", "a b"])
+def test_a_base_model_that_is_no_repositorys_id_is_named(tmp_path, paper, base):
+    text = made(paper, tmp_path).replace("- tianweiy/DMD2\n", f"- {base}\n", 1)
+    assert problems(text, [BASE, base]) == [f"has base_model {base!r}, which is no repository's id"]
 
 
 def test_a_card_that_fails_its_own_check_is_not_written(tmp_path, monkeypatch):
@@ -207,6 +215,30 @@ def test_a_repository_without_entry_is_unknown_and_said_to_be(tmp_path):
     text = made(config, tmp_path)
     assert ModelCard(text).data.license_name.endswith("and-unknown")
     assert "| UNet | my/own | unknown: repositories.yaml has no entry of it |" in text
+
+
+OWN = "./my_unet"
+
+
+def test_weights_in_a_folder_of_ones_own_are_no_base_model_and_have_no_page(tmp_path):
+    config = load({"scale": "paper", "models": {"sdxl_dmd2": {"unet": {"repo": str(tmp_path / OWN), "file": None}}}})
+    text = made(config, tmp_path)
+    data = ModelCard(text).data
+    assert data.base_model == BASE and str(tmp_path) not in text and leaks(text) == []
+    assert (data.license, data.license_name) == ("other", "creativeml-open-rail++-m-and-unknown")
+    assert data.license_link is None  # it would be theirs
+    assert f"| UNet | {OWN} | unknown: a folder of its maker's own |" in text
+    assert f"Not of the Hub, but of its maker's own: `{OWN}`." in text
+    assert f'UNet2DConditionModel.from_pretrained("{OWN}", torch_dtype=torch.float16)' in code_of(text)[0]
+    other = load({"scale": "paper", "models": {"sdxl_dmd2": {"loras": [{"repo": OWN, "file": "w.safetensors"}]}}})
+    data = ModelCard(made(other, tmp_path / "other")).data  # the strictest terms are of somebody else
+    assert data.base_model == BASES["sdxl_dmd2"] and data.license_link == "https://huggingface.co/tianweiy/DMD2"
+
+
+def test_a_pipeline_of_ones_own_alone_names_no_base_model(tmp_path):
+    config = load({"scale": "paper", "models": {"sdxl_turbo": {"base": OWN}}})
+    text = made(config, tmp_path, Run("preference", "sdxl_turbo", "pso_offline", 0))
+    assert ModelCard(text).data.base_model is None and f'base = "{OWN}"' in code_of(text)[0]
 
 
 def test_the_ids_are_of_licences_that_repositories_have(paper):
@@ -399,6 +431,45 @@ def test_the_command_writes_the_card_of_every_tuned_run(tmp_path):
     assert done.returncode == 1 and done.stderr.startswith("card: ") and "Traceback" not in done.stderr
 
 
+def card_command(run, settings, folder) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pso.card", "--run", str(run.relative_to(folder)), "--set", json.dumps(settings)]
+    return subprocess.run(
+        command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("run", [dataclasses.replace(RUN, seed=3), Run("published", "sdxl", "mapo_transplant", 0)])
+def test_a_run_that_no_table_shows_gets_its_card_by_its_folder_and_no_scores_of_others(tmp_path, run):
+    config = load({"scale": "smoke"})
+    assert run not in runs(config)
+    write_tables(config, tmp_path / "results")  # of other seeds
+    folder = write_run(config, tmp_path / "results", run)
+    done = card_command(folder, {}, tmp_path)
+    assert done.returncode == 0 and done.stdout == f"wrote {card_file(folder).relative_to(tmp_path)}\n", done.stderr
+    text = card_file(folder).read_text()
+    assert lines_of(text, "Scores") == ["No table that was asked for has numbers of it.", ""]
+    assert ModelCard(text).data.eval_results is None and f"training seed {run.seed}" in text
+    assert set(tmp_path.rglob("README.md")) == {card_file(folder)}
+
+
+def test_a_run_whose_tables_are_not_made_gets_its_card_and_is_told_so(tmp_path):
+    config = load({"scale": "smoke", "tables": ["table1", "table2"]})
+    folder = write_run(config, tmp_path / "results")
+    assert card_command(folder, {"tables": ["table1", "table2"]}, tmp_path).returncode == 0
+    assert lines_of(card_file(folder).read_text(), "Scores")[:3] == [
+        "No table that is made has numbers of it.", "", "Not made yet, though they show it: table1.",
+    ]  # fmt: skip
+    write_tables(config, tmp_path / "results")
+    assert card_command(folder, {"tables": ["table1", "table2"]}, tmp_path).returncode == 0
+    assert card_file(folder).read_text() == text_of(config, RUN, tmp_path / "results")
+    assert "### pickapic_test, 4 steps (`table1`)" in card_file(folder).read_text()
+
+
+def test_a_folder_that_is_no_run_is_one_sentence(tmp_path):
+    done = card_command(tmp_path / "results/smoke", {}, tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("card: RUN is 'results/smoke'; expected the folder of a run")
+
+
 # ---- the code ----
 
 
@@ -417,6 +488,17 @@ def test_the_code_is_python_and_names_files_that_are_fetched(tmp_path, model, sc
     if model == "sdxl_dmd2" and scale == "paper":
         assert 'hf_hub_download("tianweiy/DMD2", "dmd2_sdxl_4step_unet_fp16.bin")' in first
         assert "timesteps=[999, 749, 499, 249], guidance_scale=0.0, height=1024" in second
+
+
+@pytest.mark.parametrize("scale", ["paper", "miniature"])
+def test_the_code_reads_a_folder_of_ones_own_where_it_is(tmp_path, scale):
+    below = "./results/miniature/preference/sdxl_dmd2/pso_offline/seed0/lora"
+    unet = {"repo": OWN, "file": "w.safetensors"}
+    weights = {"unet": unet, "loras": [{"repo": below, "file": LORA_FILE}]}
+    first, _ = code_of(made(load({"scale": scale, "models": {"sdxl_dmd2": weights}}), tmp_path))
+    compile(first, "first", "exec")
+    assert f'pipe.load_lora_weights("{below}", weight_name="{LORA_FILE}"' in first
+    assert f'file = "{OWN}/w.safetensors"' in first and "hf_hub_download" not in first
 
 
 # a difference and a LoRA below ours, which no shipped model that is tuned has; strong enough to be seen

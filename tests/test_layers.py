@@ -39,6 +39,7 @@ TORCH_FREE = [
             "background",
             "card",
             "templates",
+            "tuned",
             "card_metadata",
             "card_scores",
             "leaks",

@@ -18,7 +18,7 @@ from safetensors.numpy import save
 
 from pso import leaks as leaks_module
 from pso.campaign import Run
-from pso.card import text_of
+from pso.card import text_of, write
 from pso.config import load
 from pso.leaks import leaks
 from pso.paths import LORA_FILE, card_file
@@ -315,6 +315,55 @@ def test_what_must_not_be_published_is_refused_with_a_reason(results, paper, spo
     spoil(folder_of(paper, results))
     with pytest.raises(UserError, match=named):
         plan(paper, RUN, results, REPO, False)
+
+
+def with_unet(repo: str, model: str = "sdxl_dmd2"):
+    loras = [{"repo": repo, "file": "w.safetensors"}]
+    return load({"scale": "paper", "models": {model: {"unet": None, "loras": loras}}})
+
+
+def finished(config, results: Path, run: Run = RUN) -> Path:
+    """The folder of a run with its card and tables."""
+    folder = write_run(config, results, run)
+    write_tables(config, results)
+    card_file(folder).write_text(text_of(config, run, results))
+    return folder
+
+
+def test_weights_whose_terms_nobody_can_look_up_are_not_published_and_it_is_said_what_to_do(tmp_path):
+    config = with_unet(str(tmp_path / "my_lora"))
+    folder = finished(config, tmp_path)
+    with pytest.raises(UserError) as error:
+        plan(config, RUN, tmp_path, REPO, False)
+    assert str(error.value).startswith(f"{folder} was trained on ./my_lora, a folder of your own, whose terms nobody")
+    assert "name that in models.sdxl_dmd2 and, with its licence, in repositories.yaml" in str(error.value)
+
+
+def test_weights_of_ones_own_below_stricter_terms_are_published_by_name(tmp_path):
+    run = Run("preference", "sdxl_turbo", "pso_offline", 0)
+    config = with_unet(str(tmp_path / "my_lora"), run.model)
+    finished(config, tmp_path, run)
+    made = plan(config, run, tmp_path, REPO, False)
+    assert not any(str(tmp_path).encode() in file.content for file in made.files)
+    assert 'load_lora_weights("./my_lora"' in made.card and "base_model: stabilityai/sdxl-turbo\n" in made.card
+
+
+@pytest.mark.parametrize("run", [Run("preference", "sdxl_dmd2", "pso_offline", 3), Run("published", "sdxl", "sft", 0)])
+def test_of_a_run_that_no_table_shows_the_command_of_its_own_card_is_named(tmp_path, paper, run):
+    folder = write_run(paper, tmp_path, run)
+    with pytest.raises(UserError, match=f"is not there; `python -m pso.card --run {folder}` writes it"):
+        plan(paper, run, tmp_path, None, False)
+    assert write(paper, tmp_path, run) == [card_file(folder)]
+    assert [file.path for file in plan(paper, run, tmp_path, None, False).files] == FILES
+
+
+def test_a_run_may_be_published_before_its_tables_are_made(tmp_path, paper):
+    write_run(paper, tmp_path)
+    write(paper, tmp_path, RUN)
+    assert "Not made yet, though they show it: table1." in plan(paper, RUN, tmp_path, REPO, False).card
+    write_tables(paper, tmp_path)
+    with pytest.raises(UserError, match="does not tell of this LoRA, these settings and these tables"):
+        plan(paper, RUN, tmp_path, REPO, False)
 
 
 def test_a_card_made_with_other_settings_is_stale_and_accepted_with_them(results, paper):
