@@ -42,8 +42,9 @@ def snakemake(
 
 
 def pytest_collection_modifyitems(items):
-    """A cluster of its own takes longest, so no process may have it left at the end."""
-    items.sort(key=lambda item: item.path.name != "test_slurm.py")
+    """Of several processes none may have the cluster's tests, which take longest, left at the end."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: item.path.name != "test_slurm.py")
 
 
 @pytest.fixture(scope="session")
