@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from eval import style
 from eval.scores import ScoreFiles, metric_title, table_entry
-from eval.tables import resampled, scale_sentence
+from eval.tables import resampled, scale_sentence, unit
 from eval.wins import win_rates
 from pso.entries import Config
 from pso.figures import Matrix
@@ -34,19 +34,19 @@ def win_map(config: Config, results: Path, shown: Matrix, files: ScoreFiles | No
     high = CELL * len(names) + 0.7
     figure = Figure(figsize=(style.WIDTH, high * (1 if beside else maps) + 0.9), layout="constrained")
     panels = figure.subplots(*((1, maps) if beside else (maps, 1)), squeeze=False).ravel()
-    over, count = resampled(table_entry(config, shown.table)), 0
-    unit = over.split()[0]  # prompts, or subjects of many
+    table, count = table_entry(config, shown.table), 0
     for place, (metric, panel) in enumerate(zip(shown.metrics, panels, strict=True)):
         found = win_rates(config, results, shown.table, metric, shown.eval_set, files)
         count = int(found["prompts"].max())
         tables = {name: _square(found, names, name) for name in ("win_rate", "low", "high")}
         _panel(panel, tables, names if not beside or place == 0 else None)
         panel.set(title=f"{metric_title(config, metric)}, {shown.eval_set}")
-    title = f"{shown.table}: on how many of {count} {unit} a row scores above another, in %"
+    title = f"{shown.table}: on how many of {count} {unit(table)} a row scores above another, in %"
     style.head(figure, f"{title}. Bold: the 95 % interval leaves out 50. {shown.shows}. Scale {config.scale}.")
     told = [
         f"{title}. The row against the column, of the same prompts and noise; equal scores count half.",
-        f"Bold: the 95 % interval, a bootstrap over {over} that is not corrected for many pairs, leaves out 50.",
+        f"Bold: the 95 % interval, a bootstrap over {resampled(table)} "
+        "that is not corrected for many pairs, leaves out 50.",
         f"{shown.shows}; eval set {shown.eval_set}.",
     ]
     return style.Drawn(shown.name, figure, title, " ".join([*told, scale_sentence(config)]))

@@ -58,7 +58,7 @@ def three(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The same of one process, as fresh as they are: other tests change the precision of the toy's parts."""
+    """The same of one process."""
     gradients, losses, _ = worked(tmp_path_factory.mktemp("alone"))
     return gradients[0], losses[0]
 

@@ -1,11 +1,8 @@
 """Every fast option against the plain path: the same network up to rounding, and a wrong one is told from it."""
 
-import copy
-
 import pytest
 import torch
 import toy
-from diffusers import StableDiffusionXLPipeline
 from test_memory import half
 
 from pso import compiled as looks
@@ -24,8 +21,9 @@ KEYS = [("eval", 0, name) for name in "abc"]
 
 def exact_policy(speed: Speed | None = None, moved: float = 0.2) -> Policy:
     """The toy in float64."""
-    parts = {**toy.pipeline().components, "unet": copy.deepcopy(toy.pipeline().unet).double()}
-    policy = Policy(StableDiffusionXLPipeline(**parts, add_watermarker=False), resolution=16, speed=speed)
+    pipeline = toy.pipeline()
+    pipeline.unet.double()
+    policy = Policy(pipeline, resolution=16, speed=speed)
     policy.add_lora(4, toy.TARGETS, seed=1)
     toy.move(policy, moved)
     return policy

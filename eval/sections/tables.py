@@ -67,10 +67,7 @@ def _table(context: Context, name: str) -> dict:
             "`snakemake --cores 2` makes it again."
         }
     frame = frame.astype({"dropped": object, "status": object}).fillna({"dropped": "", "status": ""})
-    found, unheld = context.diff(name), context.not_there(f"tables/{name}.diff.json")
-    if found is not None and (old := stale(found, frame)):
-        unheld = f"results/{config.scale}/tables/{name}.diff.json is older than the table ({len(old)} cells differ, as "
-        unheld, found = unheld + f"{old[0]}); `snakemake --cores 2` makes it again.", None
+    found, unheld = _held(context, name, frame)
     beside = Beside(name, found)
     panels = [("", table.metrics), ("Columns that are not in the paper", table.extra_metrics)]
     told["panels"] = [
@@ -100,6 +97,17 @@ def _table(context: Context, name: str) -> dict:
     told |= {"comparable": found["comparable"], "agreement": agreement(found), "cells": len(found["cells"])}
     told |= {"cell_counts": found["cell_counts"], "words": paragraph(found, titles)}
     return told | {"differences": _differences(context, found)}
+
+
+def _held(context: Context, name: str, frame: pd.DataFrame) -> tuple[dict | None, str | None]:
+    """What the table's diff says of it, or why there is nothing."""
+    file, found = f"tables/{name}.diff.json", context.diff(name)
+    if found is None:
+        return None, context.not_there(file)
+    if old := stale(found, frame):
+        why = f"is older than the table ({len(old)} cells differ, as {old[0]}); `snakemake --cores 2` makes it again."
+        return None, f"results/{context.config.scale}/{file} {why}"
+    return found, None
 
 
 def _other(table: TableEntry, frame: pd.DataFrame) -> str | None:
