@@ -1,10 +1,10 @@
 # make        set up .venv and run the miniature (60 minutes on 2 idle cores; later runs only what changed)
 # make setup  set up .venv alone
-# make test   set up .venv and run the tests (TESTERS=2: in two processes side by side)
+# make test   set up .venv and run the tests, in two processes side by side (TESTERS=0: in one)
 # make verify_scorers   ours against the official scorer packages, which go into .venv-oracle (10 minutes)
 PYTHON ?= python3
 CORES ?= 2
-TESTERS ?= 0
+TESTERS ?= 2
 VENV := .venv
 ORACLE := .venv-oracle
 EXPORT := --quiet --frozen --no-hashes --no-emit-project --no-annotate --no-header

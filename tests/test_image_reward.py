@@ -283,8 +283,10 @@ def test_it_depends_on_picture_and_prompt(scorer, pictures):
 def test_a_prompt_beyond_35_tokens_is_cut_and_ends_with_the_end(scorer, pictures):
     longest = " ".join(["red"] * 33)
     assert not scorer.truncated(longest) and scorer.truncated(longest + " blue")
-    one, other = scorer.score([pictures[0]] * 2, [f"{longest} blue", f"{longest} circle on the red"])
-    assert one == other == scorer.score([pictures[0]], [longest])
+    cut = [scorer.score([pictures[0]], [text]).item() for text in (f"{longest} blue", f"{longest} circle on the red")]
+    shorter = scorer.score([pictures[0]], [longest.removesuffix(" red")]).item()
+    assert cut == pytest.approx([scorer.score([pictures[0]], [longest]).item()] * 2, abs=1e-5)
+    assert abs(cut[0] - shorter) > 1e-4  # where a word less is seen
     ids = scorer._tokens([longest + " blue"])["input_ids"][0]
     assert len(ids) == 35 and ids[-1] == WORDS.index("[SEP]")
 
