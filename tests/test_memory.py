@@ -1,5 +1,6 @@
 """Half precision, memory plans and gradient checkpointing: what they may change and what not."""
 
+import math
 from unittest.mock import patch
 
 import pytest
@@ -108,7 +109,7 @@ def half(moved: float = 0.0, speed: Speed | None = None):
 
 
 def test_lora_gradients_and_loss_are_float32_over_frozen_bfloat16():
-    policy, batch = half(moved=0.1), toy.new_batch(pso_offline, CHAIN)
+    policy, batch = half(moved=0.2), toy.new_batch(pso_offline, CHAIN)
     condition = policy.encode_prompts(["a", "b", "c"])
     frozen = {p.dtype for name, p in policy.unet.named_parameters() if ".theta." not in name}
     assert frozen == {torch.bfloat16} and condition.hidden.dtype == torch.bfloat16
@@ -120,7 +121,10 @@ def test_lora_gradients_and_loss_are_float32_over_frozen_bfloat16():
     reference, _ = Objective(pso_offline, config(), exact, CHAIN, micro_batch=256).backward(
         batch, exact.encode_prompts(["a", "b", "c"])
     )
-    assert value.item() == pytest.approx(reference.item(), abs=0.02)
+    # bfloat16 rounds otherwise on every CPU: up to 0.01 was seen, where theta is 0.22 from the ln 2 of pre
+    assert value.item() == pytest.approx(reference.item(), abs=0.03) and abs(reference.item() - math.log(2)) > 0.2
+    ours, theirs = (torch.cat([p.grad.flatten() for p in one.lora_parameters()]) for one in (policy, exact))
+    assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > 0.995
     assert policy.numerics["dtype"] == "bfloat16"
 
 
